@@ -1,0 +1,53 @@
+"""Artifact to callable, in the calling process: what `compile_fx` would have returned here."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from .. import internals
+from . import libraries
+from .process_state import ProcessState
+
+
+def prepare() -> None:
+    """Import what loading needs, ahead of it; at once where that was done before.
+
+    Under the compile lock, so that it begins when Dynamo is done with the frame: most of a second of imports
+    in another thread would otherwise be paid by the first call.
+    """
+    with internals.compile_lock:
+        importlib.import_module("torch._inductor.select_algorithm")
+
+
+def load(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> Callable[[list[Any]], Any]:
+    """Load a worker's artifact: compiled forward and backward, inside AOTAutograd's runtime wrappers.
+
+    Returns a callable of the boxed convention: it takes one list of the graph's inputs, which it empties, and
+    returns the graph's outputs. Holds Dynamo's compile lock meanwhile, since configs are process-wide.
+
+    PyTorch's own `deserialize_bundled_cache_entry` does the same and copies the entry to be able to serialise
+    it again, which we never do.
+    """
+    with internals.compile_lock, state.applied_to_thread(), internals.inductor_config.patch(options):
+        from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+        from torch._inductor.utils import BoxedBool
+
+        bundle, kernels = pickle.loads(artifact)
+        entry = pickle.loads(bundle)
+        if isinstance(entry, tuple):  # (entry, Triton kernels of the user's, their constants): we ship none
+            entry = entry[0]
+        entry.guards_expr = None  # late guards are ours: see guards/
+        fake_mode = internals.FakeTensorMode(shape_env=internals.ShapeEnv())
+        with internals.tracing(internals.TracingContext(fake_mode)), libraries.supplied(kernels):
+            compiled: Callable[[list[Any]], Any] = entry.wrap_post_compile(
+                [],
+                entry.sanitized_aot_config,
+                {
+                    "cudagraphs": BoxedBool(internals.inductor_config.triton.cudagraphs),
+                    "boxed_forward_device_index": BoxedDeviceIndex(None),
+                },
+            )
+        return compiled

@@ -1,0 +1,108 @@
+"""What a compile reads of its process besides the graph, so that a worker compiles as the caller would have."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from .. import internals
+
+_SHIPPED_ENVIRONMENT = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_", "CUDA_", "CXX", "CC", "PATH", "TMPDIR")
+
+# (owner, attribute): backend flags that tracing, decompositions or code generation look at.
+_FLAGS: tuple[tuple[Any, str], ...] = (
+    (torch.backends.cudnn, "enabled"),
+    (torch.backends.cudnn, "benchmark"),
+    (torch.backends.cudnn, "deterministic"),
+    (torch.backends.cudnn, "allow_tf32"),
+    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    (torch.backends.mkldnn, "enabled"),
+)
+_deterministic: Any = torch.utils.deterministic
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessState:
+    """A picklable copy of the calling thread's and process's state at capture."""
+
+    grad: bool
+    inference: bool
+    autocast: dict[str, tuple[bool, torch.dtype]]
+    autocast_cache: bool
+    deterministic: tuple[bool, bool]
+    fill_uninitialized_memory: bool
+    matmul_precision: str
+    default_dtype: torch.dtype
+    threads: int
+    flags: tuple[bool, ...]
+    attention: tuple[bool, ...]
+    configs: dict[str, dict[str, Any]]
+    environment: dict[str, str]
+
+    @classmethod
+    def capture(cls, devices: set[str]) -> ProcessState:
+        """The state of the calling thread; `devices` are the types of device whose autocast matters."""
+        configs = internals.changed_configs()
+        # Thread counts belong to the worker; the generated code must use this process's.
+        configs["inductor"].pop("compile_threads", None)
+        if configs["inductor"].get("cpp.threads", -1) < 1:
+            configs["inductor"]["cpp.threads"] = torch.get_num_threads()
+        return cls(
+            grad=torch.is_grad_enabled(),
+            inference=torch.is_inference_mode_enabled(),
+            autocast={
+                d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+                for d in sorted(devices | {"cpu"})
+            },
+            autocast_cache=torch.is_autocast_cache_enabled(),
+            deterministic=(
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            ),
+            fill_uninitialized_memory=bool(_deterministic.fill_uninitialized_memory),
+            matmul_precision=torch.get_float32_matmul_precision(),
+            default_dtype=torch.get_default_dtype(),
+            threads=torch.get_num_threads(),
+            flags=tuple(bool(getattr(owner, name)) for owner, name in _FLAGS),
+            attention=tuple(getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _ATTENTION),
+            configs=configs,
+            environment={k: v for k, v in os.environ.items() if k.startswith(_SHIPPED_ENVIRONMENT)},
+        )
+
+    @contextlib.contextmanager
+    def applied_to_thread(self) -> Iterator[None]:
+        """Grad mode, inference mode and autocast: state that each thread has of its own."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for device, (enabled, dtype) in self.autocast.items():
+                stack.enter_context(
+                    torch.autocast(device, dtype, enabled=enabled, cache_enabled=self.autocast_cache)
+                )
+            yield
+
+    @contextlib.contextmanager
+    def applied_to_process(self) -> Iterator[None]:
+        """Everything, for one compile in a worker. Not for a process with other work going on."""
+        torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
+        _deterministic.fill_uninitialized_memory = self.fill_uninitialized_memory
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        torch.set_default_dtype(self.default_dtype)
+        for (owner, name), value in zip(_FLAGS, self.flags, strict=True):
+            setattr(owner, name, value)
+        for kind, value in zip(_ATTENTION, self.attention, strict=True):
+            getattr(torch.backends.cuda, f"enable_{kind}_sdp")(value)
+        with (
+            mock.patch.dict(os.environ, self.environment),
+            internals.patch_configs(self.configs),
+            self.applied_to_thread(),
+        ):
+            yield

@@ -1,0 +1,192 @@
+"""Graph to bytes, and back in a worker.
+
+Dynamo's graph travels, not AOTAutograd's: the worker then does all that Inductor does, with Inductor's own
+decompositions and partitioner. What only this process could mean (stack traces, sources, real tensors) stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from .. import internals
+from .process_state import ProcessState
+
+# Operators that every process has which has imported torch.
+_TORCH_NAMESPACES = frozenset(
+    ("aten", "prim", "prims", "higher_order", "inductor", "quantized", "_quantized", "quantized_decomposed")
+    + ("mkldnn", "onednn", "mkl", "profiler", "debugprims", "fsdp", "_c10d_functional", "_dtensor", "streams")
+)
+
+
+class Unshippable(Exception):
+    """This graph cannot be compiled in another process; the message says why, for the report."""
+
+
+class Parcel(NamedTuple):
+    """A graph packed for a worker, and the process state that travels with it."""
+
+    data: bytes
+    state: ProcessState
+
+
+def pack(
+    gm: GraphModule, example_inputs: list[Any], options: dict[str, Any], compile_id: str | None = None
+) -> Parcel:
+    """Serialise what a worker needs to compile `gm`. Leaves `gm` as it is.
+
+    Raises:
+        Unshippable: with the reason.
+    """
+    _check_graph(gm)
+    inputs = [_fake_input(x) for x in example_inputs]
+    state = ProcessState.capture({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
+    _check_options(state.configs | {"options": options})
+    try:
+        graph = _pickler().dumps((_bare(gm, inputs), inputs), internals.GraphPicklerOptions(ops_filter=None))
+        return Parcel(pickle.dumps((graph, state, options, compile_id)), state)
+    except Exception as error:
+        raise Unshippable(f"the graph cannot be pickled: {_first_line(error)}") from error
+
+
+def open_state(parcel: bytes) -> tuple[bytes, ProcessState, dict[str, Any], str | None]:
+    """The outer layer of a parcel: the process state must be in force before the graph is unpickled."""
+    opened: tuple[bytes, ProcessState, dict[str, Any], str | None] = pickle.loads(parcel)
+    return opened
+
+
+def unpack_graph(graph: bytes) -> tuple[GraphModule, list[Any], Any]:
+    """The graph, its fake inputs and their FakeTensorMode, whose ShapeEnv is a copy of the frame's."""
+    mode = internals.FakeTensorMode(shape_env=internals.ShapeEnv())
+    opened: Any = internals.GraphPickler.loads(graph, mode)
+    gm, inputs = opened
+    gm.recompile()
+    # Without these marks AOTAutograd takes the graph for a stranger's and forgets which inputs are static.
+    gm.meta["dynamo_compile_id"] = None
+    gm._param_name_to_source = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = None
+    return gm, inputs, mode
+
+
+def _check_graph(gm: GraphModule) -> None:
+    for module in gm.modules():
+        if not isinstance(module, GraphModule):
+            continue  # a container of graphs; one that is called is refused below
+        if _has_tensors(module):
+            raise Unshippable("the graph holds parameters or buffers instead of taking them as inputs")
+        for node in module.graph.nodes:
+            if node.op == "get_attr" and isinstance(_attribute(module, node.target), torch.Tensor):
+                raise Unshippable(f"the graph holds a tensor of its own: {node.target}")
+            if node.op == "call_module" and not isinstance(module.get_submodule(node.target), GraphModule):
+                raise Unshippable(f"the graph calls a module: {node.target}")
+            if internals.is_triton_kernel(node.target):
+                raise Unshippable("the graph launches a Triton kernel of the program's own")
+            operator = node.target
+            if isinstance(operator, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+                namespace = str(operator).partition(".")[0].partition("::")[0]
+                if namespace not in _TORCH_NAMESPACES:
+                    raise Unshippable(f"a custom operator that a worker does not know: {operator}")
+
+
+def _has_tensors(module: torch.nn.Module) -> bool:
+    return any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
+
+
+def _attribute(module: torch.nn.Module, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check_options(changes: dict[str, dict[str, Any]]) -> None:
+    for config, settings in changes.items():
+        if config in ("inductor", "options") and settings.get("freezing"):
+            raise Unshippable("freezing bakes the parameters' values into the code")
+        for name, value in settings.items():
+            try:
+                pickle.dumps(value)
+            except Exception as error:
+                raise Unshippable(
+                    f"{config} config {name} cannot be pickled: {_first_line(error)}"
+                ) from error
+
+
+def _fake_input(value: Any) -> Any:
+    """The fake tensor that AOTAutograd will make of this input: its fake mode's memo gives both the same.
+
+    Dynamo's own `example_value`s will not do: tracing may have changed their metadata (`x.t_()`).
+    """
+    if isinstance(value, (int, float, bool, torch.SymInt)):
+        return value
+    if not isinstance(value, torch.Tensor):
+        raise Unshippable(f"an input is a {type(value).__name__}")
+    if internals.is_traceable_wrapper_subclass(value):
+        raise Unshippable(f"an input is a tensor subclass, {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise Unshippable(f"an input has layout {value.layout}")
+    tracing = internals.TracingContext.try_get()
+    mode = (tracing and tracing.fake_mode) or internals.detect_fake_mode([value])
+    if isinstance(value, internals.FakeTensor):
+        return value
+    if mode is None or tracing is None:
+        raise Unshippable("called outside of Dynamo with real inputs")
+    context: Any = tracing.tensor_to_context.get(value)  # type: ignore[no-untyped-call]
+    return mode.from_tensor(
+        value, symbolic_context=context, source=context.tensor_source if context else None, trace=False
+    )
+
+
+def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None) -> GraphModule:
+    """A copy of `gm` without what only this process could mean; the same for the graphs inside it."""
+    graph = Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    nodes: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, nodes))
+    values = iter(inputs or ())
+    for old, new in nodes.items():
+        new.meta = {}
+        if old.op == "placeholder" and inputs is not None:
+            new.meta["example_value"] = next(values)
+            kind = old.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+            if kind is not None:
+                new.meta["tensor_dict"] = {"_dynamo_static_input_type": kind}
+    bare = GraphModule(gm, graph)
+    for name, child in bare.named_children():
+        if isinstance(child, GraphModule):
+            setattr(bare, name, _bare(child))
+    return bare
+
+
+@functools.cache
+def _pickler() -> Any:
+    class Pickler(internals.GraphPickler):
+        """`GraphPickler`, for every fake tensor: it forgets that a view's base and a parameter's `.grad` carry
+        the FakeTensorMode too, which does not pickle. Unpickling gives the base its new mode; nothing reads
+        the grad.
+        """
+
+        def reducer_override(self, obj: object) -> Any:
+            reduced: tuple[Callable[..., Any], tuple[Any, ...]] = super().reducer_override(obj)
+            if isinstance(obj, internals.FakeTensor):
+                described = reduced[1][0]
+                base = described.metadata.base
+                described.metadata = dataclasses.replace(
+                    described.metadata,
+                    base=base and dataclasses.replace(base, fake_mode=None, grad=None),
+                    grad=None,
+                )
+            return reduced
+
+    return Pickler
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

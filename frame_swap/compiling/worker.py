@@ -1,0 +1,158 @@
+"""One compile, in a worker process: parcel in, artifact out.
+
+Nothing here imports torch at the top: a worker first lowers its priority and lets go of the program's
+terminal, and only then pays for the import.
+
+Guarantees:
+- `initialize` returns once the worker is nice, deaf to Ctrl-C, detached from the program's output and watched:
+  when the program's process is gone, however it went, the worker ends itself and its compilers.
+- `compile_graph` raises nothing: a failure comes back as an `Outcome` with `error` set.
+- Each compile begins with the settings of its own parcel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a worker sends back: plain, picklable values.
+
+    Attributes:
+        artifact: the compiled graph, forward and backward in one; None where the compile failed.
+        late_guards: pickled list of sympy relations that the compile added to the shapes' guards.
+        error: one line for the report; "" where all went well.
+        details: the traceback in the worker, for the log.
+        submitted, started, finished: seconds since the epoch: asked for, begun, ended.
+        pid: the worker's process id.
+    """
+
+    artifact: bytes | None
+    late_guards: bytes
+    error: str
+    details: str
+    submitted: float
+    started: float
+    finished: float
+    pid: int
+
+
+def initialize(parent: int, niceness: int, compiler_threads: int) -> None:
+    """Make this process a worker of `parent`; runs once, before the first job."""
+    with contextlib.suppress(OSError):  # not permitted to change priority: then not
+        os.nice(niceness)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _let_go_of_output()
+    threading.Thread(target=_end_with, args=(parent,), name="frame-swap-watch", daemon=True).start()
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(compiler_threads)
+
+    import torch
+    import torch._dynamo
+    import torch._inductor.compile_fx
+
+    torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        # Inductor's progress bar makes a lock that outlives a killed worker, and the program is told of a leak.
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())
+    if not torch.cuda.is_available():
+        threading.Thread(target=_probe_cpu, name="frame-swap-probe", daemon=True).start()
+
+
+def _probe_cpu() -> None:
+    # Which vector instructions there are, Inductor finds out with about ten runs of the C++ compiler, the first
+    # time on a machine. They overlap with the tracing of the first graph if they begin now.
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    with contextlib.suppress(Exception):  # no compiler, or a full disk: the compile itself will say so
+        pick_vec_isa()
+
+
+def _let_go_of_output() -> None:
+    # A worker that outlives its parent and holds its stdout keeps `python train.py | tee log` from ending.
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def _end_with(parent: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        psutil.Process(parent).wait()
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    os._exit(0)
+
+
+def compile_graph(parcel: bytes, submitted: float) -> Outcome:
+    """Run all of Inductor's `compile_fx` on a parcel of `ship.pack`."""
+    started = time.time()
+    artifact, guards, error, details = None, b"", "", ""
+    try:
+        artifact, guards = _compile(parcel)
+    except BaseException as failure:
+        error = f"{type(failure).__name__}: {str(failure).strip()}".partition("\n")[0]
+        details = traceback.format_exc()
+    return Outcome(artifact, guards, error, details, submitted, started, time.time(), os.getpid())
+
+
+def _compile(parcel: bytes) -> tuple[bytes, bytes]:
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializer
+
+    from .. import internals
+    from . import libraries, ship
+
+    graph, state, options, compile_id = ship.open_state(parcel)
+    # The lock is free in a worker; in an executor of threads it keeps Dynamo out while configs are patched.
+    with internals.compile_lock, state.applied_to_process():
+        _forget_other_cache_directory()
+        gm, inputs, fake_mode = ship.unpack_graph(graph)
+        shapes = fake_mode.shape_env
+        known = len(shapes.guards)
+        context = internals.CompileContext(internals.CompileId.from_string(compile_id))
+        with (
+            libraries.recorded() as kernels,
+            internals.compile_context(context),
+            internals.tracing(internals.TracingContext(fake_mode)),
+            internals.functorch_config.patch(
+                strict_autograd_cache=True,
+                bypass_autograd_cache_key=True,
+                bundled_autograd_cache=True,
+                force_non_lazy_backward_lowering=True,
+                force_autograd_cache=True,
+            ),
+        ):
+            compiled: Any = internals.stock_inductor(gm, inputs, options)
+        entry = Serializer.serialize_compile_artifacts(Serializer(compiled))
+        late = [guard.expr for guard in shapes.guards[known:]]
+        return pickle.dumps((entry, kernels)), pickle.dumps(late)
+
+
+_cache_directory: str | None = None
+
+
+def _forget_other_cache_directory() -> None:
+    """Inductor remembers which files it has written; a job with another cache directory needs them anew."""
+    global _cache_directory
+    directory = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if _cache_directory is not None and directory != _cache_directory:
+        from torch._inductor.utils import clear_caches
+
+        clear_caches()
+    _cache_directory = directory

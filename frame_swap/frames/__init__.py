@@ -1,0 +1,8 @@
+"""Code objects: the hook that sees them, what is written into them, and the cache entries that hold them.
+
+Knows no processes and no artifacts.
+"""
+
+
+class FrameGone(Exception):
+    """The frame's code is no longer in Dynamo's cache: what was meant for it is stale."""

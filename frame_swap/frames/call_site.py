@@ -1,0 +1,111 @@
+"""Where a frame calls its graph: found by a Dynamo bytecode hook, redirected when compiled code is in.
+
+Dynamo's generated code calls the graph through a global, `__compiled_fn_*`, behind a wrapper that keeps Dynamo
+out. The hook puts the callee there as a constant; later the cache entry gets a code object with another one.
+
+Guarantees:
+- A site is bound at most once, under Dynamo's compile lock, before its code object first runs.
+- `redirect` and `bind` may run on different threads; a redirect of a site that is not bound, or whose code is
+  gone, raises `FrameGone` and changes nothing.
+- Frames already running the old code object finish in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from types import CodeType
+from typing import Any
+
+from .. import internals
+from . import FrameGone, cache_entry, codegen
+
+
+class Indirect(Exception):
+    """The frame does not call the graph itself, so it cannot be rewritten; the message says why."""
+
+
+class CallSite:
+    """The place in one frame where one graph is called.
+
+    Args:
+        name: the global that Dynamo's code calls, `__compiled_fn_*`.
+        scope: the frame's globals.
+        callee: what to call there for now, an object whose class has `__call__`, which Dynamo is told not to
+            trace. Held weakly: the code object keeps it alive.
+    """
+
+    def __init__(self, name: str, scope: dict[str, Any], callee: Any) -> None:
+        self._name = name
+        self._scope = scope
+        self._callee = weakref.ref(callee)
+        self._original: weakref.ref[CodeType] | None = None
+        self._generated: weakref.ref[CodeType] | None = None
+        _expected[name] = self
+        internals.skip_frames(type(callee).__call__.__code__)
+        _install_hook()
+
+    def rewritten(self, callee: Any) -> CodeType:
+        """The frame's code, calling `callee` instead. Takes milliseconds; any thread may do it.
+
+        Raises:
+            FrameGone, Indirect.
+        """
+        _, generated = self._codes()
+        return codegen.call_instead(generated, self._callee(), callee)
+
+    def redirect(self, code: CodeType, callee: Any) -> None:
+        """Put `code`, from `rewritten`, and its callee in place of what is there.
+
+        Raises:
+            FrameGone, UnknownLayout: nothing has changed.
+        """
+        original, generated = self._codes()
+        entry = cache_entry.find(original, generated)
+        if entry is None:
+            raise FrameGone
+        cache_entry.replace_code(entry, code)
+        self._generated = weakref.ref(code)
+        self.rebind(callee)
+
+    def rebind(self, callee: Any) -> None:
+        """Point the global at `callee`: frees what it held, and serves code that calls it by name."""
+        if self._name in self._scope:
+            self._scope[self._name] = callee
+
+    def _codes(self) -> tuple[CodeType, CodeType]:
+        if self._original is None or self._generated is None:
+            raise Indirect("its frame calls it through a wrapper")
+        original, generated = self._original(), self._generated()
+        if original is None or generated is None:
+            raise FrameGone
+        return original, generated
+
+    def _bind(self, original: CodeType, generated: CodeType) -> None:
+        self._original, self._generated = weakref.ref(original), weakref.ref(generated)
+
+    def _is_direct(self) -> bool:
+        """Whether the global holds our callee, behind nothing but Dynamo's own `disable`."""
+        held = self._scope.get(self._name)
+        callee = self._callee()
+        return callee is not None and getattr(held, "_torchdynamo_orig_callable", held) is callee
+
+
+# Sites whose code Dynamo is still generating, by the name that it will call.
+_expected: weakref.WeakValueDictionary[str, CallSite] = weakref.WeakValueDictionary()
+
+
+@functools.cache
+def _install_hook() -> None:
+    internals.register_bytecode_hook(_on_generated_code)
+
+
+def _on_generated_code(code: CodeType, new_code: CodeType) -> CodeType | None:
+    named = {name: site for name in new_code.co_names if (site := _expected.pop(name, None)) is not None}
+    sites = {name: site for name, site in named.items() if site._is_direct()}
+    if not sites:
+        return None
+    trampolining = codegen.call_constants(new_code, {name: site._callee() for name, site in sites.items()})
+    for site in sites.values():
+        site._bind(code, trampolining)
+    return trampolining

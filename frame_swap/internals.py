@@ -1,0 +1,205 @@
+"""Every private name of PyTorch that frame-swap uses, in one place.
+
+Checked on torch 2.11, 2.13 and 2.15. The names that serve the calling process are looked up when this
+module is imported; if one is gone, `MISSING` says which, and `backend.py` then answers with plain stock
+Inductor and one warning. Names of Inductor itself are looked up where they are used, in a worker or on the
+loader thread, because importing Inductor takes most of a second that the first call should not pay for;
+one that is gone there fails the region, and its eager pair goes on serving.
+
+Nothing else in frame-swap imports a private name of torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any, NamedTuple, cast
+
+import sympy
+import torch
+
+CHECKED = "2.11 to 2.15"
+
+MISSING: str | None = None
+"""What this torch lacks of what frame-swap needs, or None."""
+
+try:
+    import torch._dynamo
+    import torch._functorch.config as functorch_config
+    import torch._inductor.config as inductor_config
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
+    from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+    from torch._dynamo.convert_frame import compile_lock, output_codes, register_bytecode_hook
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.types import FrameAction, FrameExecStrategy  # type: ignore[attr-defined]
+    from torch._dynamo.utils import CleanupManager, orig_code_map
+    from torch._guards import (
+        CompileContext,
+        CompileId,
+        TracingContext,
+        compile_context,
+        detect_fake_mode,
+        tracing,
+    )
+    from torch._higher_order_ops.triton_kernel_wrap import (
+        triton_kernel_wrapper_functional,
+        triton_kernel_wrapper_mutation,
+    )
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx._graph_pickler import GraphPickler
+    from torch.fx._graph_pickler import Options as GraphPicklerOptions
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+except (
+    ImportError,
+    AttributeError,
+) as error:  # pragma: no cover - exercised by a test in a process of its own
+    MISSING = str(error)
+
+__all__ = [
+    "CHECKED",
+    "MISSING",
+    "CapturedFrame",
+    "CompileContext",
+    "CompileId",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FrameShapes",
+    "GraphPickler",
+    "GraphPicklerOptions",
+    "ShapeEnv",
+    "TorchDynamoException",
+    "TracingContext",
+    "adopt_code",
+    "aot_autograd",
+    "boxed_nop",
+    "cache_entries",
+    "captured_frame",
+    "changed_configs",
+    "compile_context",
+    "compile_lock",
+    "compiling_on_this_thread",
+    "detect_fake_mode",
+    "functorch_config",
+    "inductor_config",
+    "is_traceable_wrapper_subclass",
+    "is_triton_kernel",
+    "patch_configs",
+    "register_bytecode_hook",
+    "skip_frames",
+    "stock_inductor",
+    "tracing",
+    "version_checked",
+]
+
+
+def version_checked() -> bool:
+    """Whether this torch is of a version that frame-swap is tested on."""
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return (2, 11) <= (major, minor) <= (2, 15)
+
+
+class CapturedFrame(NamedTuple):
+    """The user's frame that Dynamo is compiling, as a backend can see it."""
+
+    code: CodeType  # of the function that the user would name: not Dynamo's or nn.Module's shell around it
+    globals: dict[str, Any]
+
+
+_SHELLS = ("torch/_dynamo/external_utils.py", "torch/nn/modules/module.py")
+
+
+def captured_frame() -> CapturedFrame | None:
+    """The frame that Dynamo is tracing on this thread; None outside of Dynamo."""
+    try:
+        root = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
+    if root is None:
+        return None
+    traced = (code for code in root.output.traced_code if not code.co_filename.endswith(_SHELLS))
+    return CapturedFrame(next(traced, root.f_code), root.f_globals)
+
+
+def compiling_on_this_thread() -> bool:
+    """Whether this thread holds Dynamo's compile lock."""
+    held: bool = compile_lock._is_owned()  # type: ignore[attr-defined]
+    return held
+
+
+def skip_frames(code: CodeType) -> None:
+    """Tell Dynamo to trace neither frames of `code` nor anything that they call."""
+    set_code_exec_strategy(code, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+
+
+def adopt_code(old: CodeType, new: CodeType) -> None:
+    """Give `new` what Dynamo keeps for its generated code object `old`.
+
+    Dynamo deletes the globals that generated code uses (`__compiled_fn_*`, resume functions) when that code
+    object dies; they now have to live as long as `new`.
+    """
+    orig_code_map[new] = orig_code_map[old]
+    output_codes.add(new)
+    if old in CleanupManager.instance:
+        CleanupManager.instance[new] = CleanupManager.instance[old]
+        CleanupManager.instance[old] = []
+
+
+class FrameShapes:
+    """The symbolic shapes of the frame being compiled: which argument holds which symbol, and what is known.
+
+    Args:
+        example_inputs: the graph's inputs; Dynamo passes every symbol that the graph needs as an argument.
+    """
+
+    def __init__(self, example_inputs: list[Any]) -> None:
+        self.symbols: dict[sympy.Symbol, int] = {}
+        self._shape_env: Any = None
+        for at, value in enumerate(example_inputs):
+            if isinstance(value, torch.SymInt):
+                self._shape_env = value.node.shape_env
+                if isinstance(value.node.expr, sympy.Symbol):
+                    self.symbols.setdefault(value.node.expr, at)
+
+    def implies(self, relation: sympy.Basic) -> bool | None:
+        """True where the frame's own guards make `relation` hold, False where they rule it out."""
+        if self._shape_env is None:
+            return None
+        known = self._shape_env._maybe_evaluate_static(relation)
+        return None if known is None else bool(known)
+
+
+def is_triton_kernel(target: object) -> bool:
+    """Whether a graph node's target launches a Triton kernel of the user's."""
+    return target in (triton_kernel_wrapper_functional, triton_kernel_wrapper_mutation)
+
+
+def _configs() -> dict[str, Any]:
+    return {"inductor": inductor_config, "functorch": functorch_config, "dynamo": torch._dynamo.config}
+
+
+def changed_configs() -> dict[str, dict[str, Any]]:
+    """The settings of Inductor, AOTAutograd and Dynamo that differ from their defaults."""
+    return {name: config._get_dict(skip_default=True) for name, config in _configs().items()}
+
+
+@contextlib.contextmanager
+def patch_configs(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Apply what `changed_configs` returned in another process. Configs are process-wide, not per thread."""
+    with contextlib.ExitStack() as stack:
+        for name, config in _configs().items():
+            stack.enter_context(config.patch(changes.get(name, {})))
+        yield
+
+
+def stock_inductor(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], options: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile here and now, as `torch.compile` does without us."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=options or None))

@@ -1,0 +1,224 @@
+"""One region: a captured graph, what has happened to it, and what serves its calls.
+
+Guarantees:
+- A call through a trampoline is served: by the pair until compiled code is installed, by compiled code then.
+  It waits only where `when="wait"` asked for it, and raises only what the graph itself raises.
+- A region is settled once: its state changes away from PENDING once, and from READY at most once more.
+- Compiled code is installed once, by the first thread to arrive; others go on with the pair meanwhile.
+- When the code object that calls a trampoline goes, the trampoline goes, and with it pair, compiled code and
+  the job; a region that was not settled then is STALE. The region itself stays for the report.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import CodeType
+from typing import Any
+
+from . import internals, settings
+from .frames import FrameGone
+from .frames.call_site import CallSite
+
+
+class State(enum.StrEnum):
+    """What has become of a region."""
+
+    PENDING = "pending"  # on the pair; a compile is queued, under way or being loaded
+    READY = "ready"  # on the pair; compiled code is loaded and waits to be installed
+    INSTALLED = "installed"  # on compiled code
+    FAILED = "failed"  # on the pair, for good: the compile or the load failed
+    REJECTED = "rejected"  # on the pair, for good: the compiled code does not fit
+    STALE = "stale"  # the frame was gone before compiled code came
+    FOREGROUND = "foreground"  # could not be shipped: stock Inductor, compiled in the caller
+    EAGER = "eager"  # on the pair, for good: when="never"
+
+
+class FrameSwapWarning(UserWarning):
+    """Something in the background went wrong; the program goes on with the eager pair."""
+
+
+class Region:
+    """The record of one captured graph: a row of the report.
+
+    Attributes:
+        frame: qualified name, file and line of the user's function.
+        compile_id: Dynamo's, as in its logs: "frame/recompile".
+        state, reason: what has become of it, and why where that needs saying.
+        pair_calls: calls that the eager pair has served.
+        ship_s, queue_s, compile_s, load_s, install_s: seconds spent packing the graph (in the call), waiting
+            for a worker, compiling (in the worker), loading (on the loader thread), and installing (in a call).
+            None until known.
+        artifact_bytes: size of what the worker sent back.
+        late_guards: conditions on shapes that the compile added, checked before compiled code is called.
+        worker_pid: the process that compiled it.
+        captured_at, installed_at: seconds since the epoch, when its capture began and its install ended.
+        compile_span: seconds since the epoch, when its compile began and ended.
+    """
+
+    def __init__(self, code: CodeType | None, compile_id: str) -> None:
+        self.frame = f"{code.co_qualname}, {code.co_filename}:{code.co_firstlineno}" if code else "no frame"
+        self.compile_id = compile_id
+        self.state = State.PENDING
+        self.reason = ""
+        self.pair_calls = 0
+        self.ship_s: float | None = None
+        self.queue_s: float | None = None
+        self.compile_s: float | None = None
+        self.load_s: float | None = None
+        self.install_s: float | None = None
+        self.artifact_bytes: int | None = None
+        self.late_guards: tuple[str, ...] = ()
+        self.worker_pid: int | None = None
+        self.compile_span: tuple[float, float] | None = None
+        self.captured_at = time.time()
+        self.installed_at: float | None = None
+        self.cancel: Callable[[], None] = lambda: None
+        self._trampoline: weakref.ref[Trampoline] | None = None
+        with _changed:
+            _regions.append(self)
+
+    def __repr__(self) -> str:
+        return f"<Region {self.compile_id} {self.frame}: {self.state}>"
+
+    @property
+    def trampoline(self) -> Trampoline | None:
+        """What the frame calls, while it does."""
+        return self._trampoline() if self._trampoline is not None else None
+
+    def settle(self, state: State, reason: str = "", *, unless: tuple[State, ...] = ()) -> bool:
+        """Move to `state`; False where the region is already in one of `unless`, and nothing changes."""
+        with _changed:
+            if self.state in unless:
+                return False
+            self.state, self.reason = state, reason
+            _changed.notify_all()
+            return True
+
+    def fail(self, reason: str, state: State = State.FAILED) -> None:
+        """The compiled code will not come: the pair stays, one warning says so."""
+        if not self.settle(state, reason, unless=_SETTLED):
+            return
+        with suppress(Warning):  # a filter may turn it into an error, which must not reach anything
+            warnings.warn(
+                f"frame-swap: {self.frame} stays on its eager pair: {reason} (frame_swap.report() has all of it)",
+                FrameSwapWarning,
+                stacklevel=2,
+            )
+
+    def abandon(self, reason: str = "the frame left Dynamo's cache") -> None:
+        """Nobody will call what is being compiled."""
+        if self.settle(State.STALE, reason, unless=_SETTLED):
+            self.cancel()
+
+    def record_compile(self, submitted: float, started: float, finished: float, pid: int) -> None:
+        """When the compile was asked for, began and ended (seconds since the epoch), and where."""
+        self.queue_s, self.compile_s = max(0.0, started - submitted), finished - started
+        self.compile_span, self.worker_pid = (started, finished), pid or None
+
+    @contextmanager
+    def timed(self, column: str) -> Iterator[None]:
+        """Record the seconds that the block takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, column, time.perf_counter() - start)
+
+
+Install = Callable[[], tuple[Callable[..., Any], str]]
+"""Puts compiled code in place; returns it, and a remark for the report or ""."""
+
+_SETTLED = tuple(state for state in State if state not in (State.PENDING, State.READY))
+
+_regions: list[Region] = []
+_changed = threading.Condition(threading.RLock())
+
+
+def regions() -> list[Region]:
+    """Every region of this process, oldest first."""
+    with _changed:
+        return list(_regions)
+
+
+def wait_until_settled(timeout: float | None = None) -> bool:
+    """Block until no region is pending; False when `timeout` seconds passed first."""
+    with _changed:
+        return _changed.wait_for(lambda: all(r.state is not State.PENDING for r in _regions), timeout)
+
+
+class Trampoline:
+    """What a frame calls until compiled code is in; and after that, where the frame cannot be rewritten.
+
+    Args:
+        region: whose calls these are.
+        pair: the eager forward and backward.
+        when: the setting of `frame_swap.configure` that holds for this graph.
+
+    Attributes:
+        site: where the frame calls this, None where no frame does.
+    """
+
+    def __init__(self, region: Region, pair: Callable[..., Any], when: settings.When) -> None:
+        self._region = region
+        self.pair: Callable[..., Any] = pair
+        self.site: CallSite | None = None
+        self._compiled: Callable[..., Any] | None = None
+        self._ready: Install | None = None
+        self._when = when
+        self._attention = when == "wait"
+        self._installing = threading.Lock()
+        region._trampoline = weakref.ref(self)
+        weakref.finalize(self, region.abandon).atexit = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self._attention:
+            self._attend()
+        if self._compiled is not None:
+            return self._compiled(*args)
+        self._region.pair_calls += 1
+        return self.pair(*args)
+
+    def offer(self, install: Install) -> None:
+        """Compiled code is loaded: `install` puts it in place, on a user's thread, and returns it."""
+        self._ready = install
+        if self._region.settle(State.READY, unless=_SETTLED) and self._when != "manual":
+            self._attention = True
+
+    def install(self) -> None:
+        """Install what was offered, if anything was. Where that fails, the pair stays."""
+        if not self._installing.acquire(blocking=False):
+            return  # another thread is at it
+        try:
+            install, self._ready, self._attention = self._ready, None, False
+            if install is not None:
+                with self._region.timed("install_s"):
+                    self._compiled, remark = install()
+                self._region.installed_at = time.time()
+                self._region.settle(State.INSTALLED, remark)
+        except FrameGone:
+            self._region.abandon()
+        except Exception as error:
+            self._region.fail(f"installing failed: {type(error).__name__}: {error}")
+        finally:
+            self._installing.release()
+
+    def install_unless_manual(self) -> None:
+        """What the next call would do."""
+        if self._when != "manual":
+            self.install()
+
+    def _attend(self) -> None:
+        region = self._region
+        if region.state is State.PENDING:
+            if internals.compiling_on_this_thread():  # the loader needs the lock that this thread holds
+                return
+            with _changed:
+                _changed.wait_for(lambda: region.state is not State.PENDING)
+        self.install()
+        self._attention = False

@@ -1,0 +1,118 @@
+"""What the user sees: one row per region, as text and as data; and the calls that wait and swap."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .region import Region, State, regions, wait_until_settled
+
+_COLUMNS = (
+    "frame",
+    "compile_id",
+    "state",
+    "reason",
+    "pair_calls",
+    "ship_s",
+    "queue_s",
+    "compile_s",
+    "load_s",
+    "install_s",
+    "artifact_bytes",
+    "late_guards",
+    "worker_pid",
+)
+
+
+class Report:
+    """The regions of this process at one moment. `str()` is a table, `.regions` the rows, `.as_dict()` for JSON.
+
+    `frame_swap.Region` says what each column is.
+    """
+
+    def __init__(self, rows: list[Region]) -> None:
+        self.regions = rows
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=160, force_terminal=False)
+        console.print(self)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return text
+
+    def __rich__(self) -> Table:
+        counts = Counter(str(region.state) for region in self.regions)
+        caption = ", ".join(f"{n} {state}" for state, n in counts.items()) or "no graph captured yet"
+        table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+        for title, justify in (("frame", "left"), ("id", "left"), ("state", "left"), ("pair calls", "right")):
+            table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for title in (
+            "ship s",
+            "queue s",
+            "compile s",
+            "load s",
+            "install ms",
+            "artifact kB",
+            "guards",
+            "pid",
+        ):
+            table.add_column(title, justify="right")
+        for r in self.regions:
+            table.add_row(
+                _short(r.frame),
+                r.compile_id,
+                f"{r.state}: {r.reason}" if r.reason else str(r.state),
+                str(r.pair_calls),
+                *(_number(v, 2) for v in (r.ship_s, r.queue_s, r.compile_s, r.load_s)),
+                _number(r.install_s and 1e3 * r.install_s, 1),
+                _number(r.artifact_bytes and r.artifact_bytes / 1e3, 0),
+                str(len(r.late_guards) or ""),
+                str(r.worker_pid or ""),
+            )
+        return table
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: `{"regions": [{column: value, ...}, ...]}`, times in seconds, sizes in bytes."""
+        return {"regions": [{name: _plain(getattr(r, name)) for name in _COLUMNS} for r in self.regions]}
+
+
+def report() -> Report:
+    """What has been captured so far, and what has become of it."""
+    return Report(regions())
+
+
+def swap() -> Report:
+    """Install all compiled code that is ready, on the calling thread; returns the report. For when="manual"."""
+    for region in regions():
+        if region.state is State.READY and (trampoline := region.trampoline) is not None:
+            trampoline.install()
+    return report()
+
+
+def wait(timeout: float | None = None) -> Report:
+    """Block until no compile is pending, at most `timeout` seconds; then install, except for when="manual".
+
+    Returns the report; rows that are still pending when the time is up say so.
+    """
+    wait_until_settled(timeout)
+    for region in regions():
+        if region.state is State.READY and (trampoline := region.trampoline) is not None:
+            trampoline.install_unless_manual()
+    return report()
+
+
+def _short(frame: str) -> str:
+    name, _, place = frame.rpartition(", ")
+    return f"{name}\n{place.rpartition('/')[2]}" if name else frame
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, State) else value

@@ -1,0 +1,151 @@
+"""What the user may set: `configure()`, `FRAME_SWAP_*` variables, and `torch.compile`'s mode and options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
+from typing import Any, Literal, get_args
+
+When = Literal["ready", "wait", "manual", "never"]
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use: its affinity mask, not what the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One consistent set of settings; see `frame_swap.configure` for what each means."""
+
+    workers: int
+    when: When = "ready"
+    delay: float = 0.0
+    executor: Executor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.workers, int) or self.workers < 1:
+            raise ValueError(f"workers={self.workers!r}: give a whole number of processes, 1 or more")
+        if self.when not in get_args(When):
+            known = get_args(When)
+            choices = ", ".join(map(repr, known))
+            raise ValueError(f"when={self.when!r}: choose one of {choices}{_nearest(str(self.when), known)}")
+        if not isinstance(self.delay, (int, float)) or not 0 <= self.delay < math.inf:
+            raise ValueError(f"delay={self.delay!r}: give a number of seconds, 0 or more")
+        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
+            raise TypeError(
+                f"executor={self.executor!r} has no submit(): give a concurrent.futures.Executor, "
+                "or None for frame-swap's own worker processes"
+            )
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read `FRAME_SWAP_WORKERS`, `FRAME_SWAP_WHEN` and `FRAME_SWAP_DELAY`.
+
+        Raises:
+            ValueError: naming the variable whose value cannot be used.
+        """
+        values: dict[str, Any] = {"workers": default_workers()}
+        for name, parse in (("workers", int), ("when", str), ("delay", float)):
+            variable = f"FRAME_SWAP_{name.upper()}"
+            text = environ.get(variable)
+            if not text:
+                continue
+            try:
+                values[name] = parse(text)
+                cls(**values)
+            except ValueError as error:
+                raise ValueError(f"{variable}={text!r} cannot be used: {error}") from None
+        return cls(**values)
+
+
+def default_workers() -> int:
+    """Worker processes for this machine: half of the usable CPUs, at least 1 and at most 8.
+
+    The other half is the program's own, and each worker's C++ compiler runs beside it. Beyond 8, memory
+    (about half a gigabyte each) costs more than another graph in flight brings.
+    """
+    return max(1, min(8, usable_cpus() // 2))
+
+
+def disabled() -> bool:
+    """Whether `FRAME_SWAP_DISABLE` asks for plain stock Inductor."""
+    return os.environ.get("FRAME_SWAP_DISABLE", "0") not in ("", "0")
+
+
+_current: Settings | None = None
+
+
+def current() -> Settings:
+    """The settings in force."""
+    global _current
+    if _current is None:
+        _current = Settings.from_environment()
+    return _current
+
+
+_UNSET: Any = object()
+
+
+def configure(
+    *,
+    workers: int = _UNSET,
+    when: When = _UNSET,
+    delay: float = _UNSET,
+    executor: Executor | None = _UNSET,
+) -> None:
+    """Change settings for graphs captured from now on; what is not named stays as it is.
+
+    Args:
+        workers: how many worker processes compile at a time. Takes effect with the next graph; compiles under
+            way end where they are.
+        when: "ready" (default) installs compiled code as soon as it is loaded; "wait" makes the first call
+            wait and run compiled code; "manual" installs on `frame_swap.swap()`; "never" compiles nothing and
+            stays on the eager pair.
+        delay: seconds for which a finished compile is held back before it is loaded, for tests.
+        executor: where compiles run: any `concurrent.futures.Executor` whose workers are other processes.
+            None (default) is frame-swap's own pool.
+
+    Raises:
+        ValueError, TypeError: a value cannot be used; nothing has changed then.
+    """
+    global _current
+    given: dict[str, Any] = {"workers": workers, "when": when, "delay": delay, "executor": executor}
+    _current = dataclasses.replace(current(), **{k: v for k, v in given.items() if v is not _UNSET})
+
+
+def inductor_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `torch.compile`'s `mode` and `options` mean, as changes to Inductor's config.
+
+    Raises:
+        ValueError: an unknown mode or option, naming the nearest known one, or a value of the wrong type.
+    """
+    import torch._inductor
+    from torch._inductor import config
+
+    changes: dict[str, Any] = {}
+    if mode and mode != "default":
+        try:
+            changes |= torch._inductor.list_mode_options(mode)
+        except (KeyError, RuntimeError):
+            known = torch._inductor.list_mode_options()
+            raise ValueError(f"unknown mode {mode!r}{_nearest(mode, known)}") from None
+    known_options = config.get_config_copy()
+    for key, value in (options or {}).items():
+        name = key.replace("-", "_")
+        if name not in known_options:
+            raise ValueError(f"unknown option {key!r}{_nearest(name, known_options)}")
+        expected = config.get_type(name)  # type: ignore[attr-defined]
+        if isinstance(expected, type) and not isinstance(value, expected):
+            raise ValueError(f"option {key!r}: got {type(value).__name__}, expected {expected.__name__}")
+        changes[name] = value
+    return changes
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,217 @@
+"""Late guards as Python source.
+
+A compile may learn facts about sizes after Dynamo has closed the frame's own guards: `Eq(s86, 2)`,
+`s77 - 3*((s77 + 3)//4) >= 2`. They are sympy relations over integer symbols. `source` writes them as one
+Python expression over the values of those symbols; `undecided` first drops the ones that need no check.
+
+    >>> s77 = sympy.Symbol("s77", integer=True)
+    >>> source([s77 - 3 * torch_functions.FloorDiv(s77 + 3, 4) >= 2], {s77: "s77"})
+    's77 - 3 * ((s77 + 3) // 4) >= 2'
+
+What the expression means
+- It is true exactly when every relation holds in integers of any size. Where torch, folding constants,
+  saturates a power at `int_oo` beyond `sys.maxsize`, the expression stays exact.
+- A relation does not hold where any part of it is undefined: a divisor is 0; a dividend of torch's `Mod` is
+  negative or its divisor not positive; an exponent is outside 0..63 (torch has nothing below that range, and
+  nothing finite above it for a base of 2 or more). The conditions for this come first (`s1 != 0 and ...`),
+  except those that a literal meets, so the expression never raises on ints and never computes a huge power.
+  "Any part" is strict: `Or(Eq(a // b, 1), Eq(b, 0))` does not hold for `b == 0`, as it raises in torch.
+- Besides the caller's names it uses the builtins `max`, `min` and `abs`: evaluate it where these are not
+  shadowed.
+
+`torch.utils._sympy.functions` is private to torch; the names used here exist in 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable, Iterable, Mapping
+
+import sympy
+from sympy.logic.boolalg import BooleanAtom
+from torch.utils._sympy import functions as torch_functions
+
+_COMPARISONS: dict[type[sympy.Basic], ast.cmpop] = {
+    sympy.Eq: ast.Eq(),
+    sympy.Ne: ast.NotEq(),
+    sympy.Lt: ast.Lt(),
+    sympy.Le: ast.LtE(),
+    sympy.Gt: ast.Gt(),
+    sympy.Ge: ast.GtE(),
+}
+
+_BITWISE: dict[type[sympy.Basic], ast.operator] = {
+    torch_functions.BitwiseFn_bitwise_and: ast.BitAnd(),
+    torch_functions.BitwiseFn_bitwise_or: ast.BitOr(),
+    torch_functions.BitwiseFn_bitwise_xor: ast.BitXor(),
+}
+
+_BUILTINS: dict[type[sympy.Basic], str] = {
+    torch_functions.Max: "max",
+    torch_functions.Min: "min",
+    sympy.Max: "max",
+    sympy.Min: "min",
+    sympy.Abs: "abs",
+}
+
+_HIGHEST_EXPONENT = 63  # sizes are 64-bit
+
+_REFUSAL = "late guard{} has no predicate: {}; the region stays on the pair"
+
+
+class Inexpressible(ValueError):
+    """A late guard cannot be decided from the graph's integer arguments; the message says why.
+
+    Nothing may then be installed that relies on the guard: the region stays on the pair.
+    """
+
+
+def undecided(
+    relations: Iterable[sympy.Basic], implied: Callable[[sympy.Basic], bool | None]
+) -> list[sympy.Basic]:
+    """The relations that calls must be checked for, once each, in their order.
+
+    `implied` says what is known of a relation without a call: True (always holds), False (never does) or
+    None (it depends). Only those that always hold are dropped; one that never does stays, and no call passes.
+    """
+    return [relation for relation in dict.fromkeys(relations) if not implied(relation)]
+
+
+def source(relations: Iterable[sympy.Basic], names: Mapping[sympy.Symbol, str]) -> str:
+    """One Python boolean expression that is true exactly when all `relations` hold; "True" for none.
+
+    `names` gives, for each symbol, the identifier (or other expression) that holds its value, an int.
+    Raises `Inexpressible` for floats, infinities, symbols not in `names` and functions not known here.
+    """
+    conjuncts: dict[str, None] = {}  # a set that keeps order: what makes a term defined comes before the term
+    for relation in relations:
+        conjuncts.update(dict.fromkeys(_Translation(relation, names).conjuncts()))
+    conjuncts.pop("True", None)
+    return " and ".join(conjuncts) or "True"
+
+
+class _Translation:
+    """One relation on its way to Python: sympy in, `ast` out (`ast.unparse` then sets the parentheses)."""
+
+    def __init__(self, relation: sympy.Basic, names: Mapping[sympy.Symbol, str]) -> None:
+        self._relation = relation
+        self._names = names
+        self._conditions: list[ast.expr] = []  # under which the relation is defined, innermost terms first
+
+    def conjuncts(self) -> list[str]:
+        """The conditions and then the relation, each fit to stand between `and`s."""
+        try:
+            holds = self._boolean(self._relation)
+            return [ast.unparse(ast.BoolOp(ast.And(), [node])) for node in (*self._conditions, holds)]
+        except RecursionError:
+            raise Inexpressible(_REFUSAL.format("", "it has too many terms or levels")) from None
+
+    def _boolean(self, expr: sympy.Basic) -> ast.expr:
+        match expr:
+            case BooleanAtom():
+                return ast.Constant(bool(expr))
+            case sympy.And(args=args):
+                return ast.BoolOp(ast.And(), [self._boolean(arg) for arg in args])
+            case sympy.Or(args=args):
+                return ast.BoolOp(ast.Or(), [self._boolean(arg) for arg in args])
+            case sympy.Not(args=(arg,)):
+                return ast.UnaryOp(ast.Not(), self._boolean(arg))
+            case sympy.Rel(args=(left, right)) if type(expr) in _COMPARISONS:
+                if any(map(_is_fraction, sympy.preorder_traversal(expr))):
+                    numerator, denominator = sympy.fraction(sympy.together(left - right))
+                    self._require(sympy.Ne, denominator, 0)
+                    left, right = numerator * denominator, sympy.S.Zero  # has the sign of the fraction
+                return _compare(self._integer(left), type(expr), self._integer(right))
+        raise self._inexpressible(f"{type(expr).__name__} is not known as a relation: {expr}")
+
+    def _integer(self, expr: sympy.Basic) -> ast.expr:
+        match expr:
+            case sympy.Integer():
+                return _literal(int(expr))
+            case sympy.Symbol():
+                return self._symbol(expr)
+            case sympy.Add():
+                return self._sum(expr.as_ordered_terms())
+            case sympy.Mul(args=args):
+                return _fold(ast.Mult(), map(self._integer, args))
+            case sympy.Pow(args=(base, sympy.Integer() as exponent)) if exponent >= 0:
+                return ast.BinOp(self._integer(base), ast.Pow(), self._integer(exponent))
+            case torch_functions.PowByNatural() | sympy.Pow() if not _is_fraction(expr):
+                base, exponent = expr.args
+                self._require(sympy.Ge, exponent, 0)
+                power = self._require(sympy.Le, exponent, _HIGHEST_EXPONENT)
+                return ast.BinOp(self._integer(base), ast.Pow(), power)
+            case torch_functions.FloorDiv(args=(dividend, divisor)):  # and its subclass CleanDiv
+                return self._divide(dividend, ast.FloorDiv(), divisor)
+            case torch_functions.PythonMod(args=(dividend, divisor)) | sympy.Mod(args=(dividend, divisor)):
+                return self._divide(dividend, ast.Mod(), divisor)
+            case torch_functions.Mod(args=(dividend, divisor)):
+                if not dividend.is_nonnegative:
+                    self._require(sympy.Ge, dividend, 0)
+                return ast.BinOp(self._integer(dividend), ast.Mod(), self._require(sympy.Gt, divisor, 0))
+            case torch_functions.ModularIndexing(args=(dividend, divisor, modulus)):
+                quotient = self._divide(dividend, ast.FloorDiv(), divisor)
+                return ast.BinOp(quotient, ast.Mod(), self._require(sympy.Ne, modulus, 0))
+            case torch_functions.Where(args=(condition, then, otherwise)):
+                return ast.IfExp(self._boolean(condition), self._integer(then), self._integer(otherwise))
+        arguments = map(self._integer, expr.args)
+        if type(expr) in _BITWISE:
+            return _fold(_BITWISE[type(expr)], arguments)
+        if type(expr) in _BUILTINS:
+            return ast.Call(ast.Name(_BUILTINS[type(expr)]), list(arguments), [])
+        raise self._inexpressible(f"{type(expr).__name__} is not known as integer arithmetic: {expr}")
+
+    def _symbol(self, symbol: sympy.Symbol) -> ast.expr:
+        if symbol not in self._names:
+            raise self._inexpressible(f"the symbol {symbol} is not an argument of the graph")
+        if not symbol.is_integer:
+            raise self._inexpressible(f"the symbol {symbol} is not an integer")
+        return ast.parse(self._names[symbol], mode="eval").body
+
+    def _sum(self, terms: list[sympy.Basic]) -> ast.expr:
+        total = self._integer(terms[0])
+        for term in terms[1:]:
+            if term.as_coeff_Mul()[0].is_negative:
+                total = ast.BinOp(total, ast.Sub(), self._integer(-term))
+            else:
+                total = ast.BinOp(total, ast.Add(), self._integer(term))
+        return total
+
+    def _divide(self, dividend: sympy.Basic, op: ast.operator, divisor: sympy.Basic) -> ast.expr:
+        return ast.BinOp(self._integer(dividend), op, self._require(sympy.Ne, divisor, 0))
+
+    def _require(self, relation: type[sympy.Basic], expr: sympy.Basic, bound: int) -> ast.expr:
+        """`expr`, on the condition that `relation(expr, bound)`; only for a literal is that known already.
+
+        What sympy assumes of a symbol is not trusted: users can filter the frame guards that stand behind it.
+        """
+        value = self._integer(expr)
+        if not (isinstance(expr, sympy.Integer) and relation(expr, bound)):
+            self._conditions.append(_compare(value, relation, _literal(bound)))
+        return value
+
+    def _inexpressible(self, reason: str) -> Inexpressible:
+        return Inexpressible(_REFUSAL.format(f" {self._relation}", reason))
+
+
+def _is_fraction(expr: sympy.Basic) -> bool:
+    match expr:
+        case sympy.Rational():
+            return bool(expr.q != 1)
+        case sympy.Pow(args=(_, exponent)):
+            return bool(exponent.is_negative)
+    return False
+
+
+def _compare(left: ast.expr, relation: type[sympy.Basic], right: ast.expr) -> ast.expr:
+    return ast.Compare(left, [_COMPARISONS[relation]], [right])
+
+
+def _fold(op: ast.operator, operands: Iterable[ast.expr]) -> ast.expr:
+    return functools.reduce(lambda left, right: ast.BinOp(left, op, right), operands)
+
+
+def _literal(value: int) -> ast.expr:
+    """`value` with its sign as an operator: `ast.unparse` would write a base of -2 as `-2 ** n`."""
+    return ast.Constant(value) if value >= 0 else ast.UnaryOp(ast.USub(), ast.Constant(-value))
