@@ -1,0 +1,76 @@
+"""What all tests share: a clean slate before each, programs in processes of their own, and the two marks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from frame_swap import region, settings
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is here"))
+        if "long" in item.keywords and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
+
+
+@pytest.fixture(autouse=True)
+def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No compiled frames, no regions, default settings, the same random numbers."""
+    for variable in ("WORKERS", "WHEN", "DELAY", "DISABLE"):
+        monkeypatch.delenv(f"FRAME_SWAP_{variable}", raising=False)
+    settings._current = None
+    torch._dynamo.reset()
+    with region._changed:
+        region._regions.clear()
+    torch.manual_seed(0)
+    yield
+    for one in region.regions():
+        one.abandon("the test is over")
+    settings._current = None
+
+
+@pytest.fixture
+def device() -> str:
+    """Where models run in tests that do not care."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run source text as a program of its own; fails the test with its stderr where it fails."""
+
+    def run(source: str, *, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(source)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, **environment},
+        )
+        if check and done.returncode != 0:
+            pytest.fail(f"the program ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        return done
+
+    return run
+
+
+@pytest.fixture
+def no_warnings() -> Iterator[None]:
+    """Any warning of frame-swap's is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", region.FrameSwapWarning)
+        yield
