@@ -79,6 +79,7 @@ def frame_swap_backend(
     else:
         load = functools.partial(artifact.load, state=parcel.state, options=changes)
         arrived = functools.partial(_on_outcome, region, load, internals.FrameShapes(example_inputs))
+        internals.prepare_cudagraphs(changes)
         region.cancel = service.submit(parcel.data, arrived).cancel
 
     # 3. Pair

@@ -89,6 +89,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "is_triton_kernel",
     "patch_configs",
+    "prepare_cudagraphs",
     "register_bytecode_hook",
     "skip_frames",
     "stock_inductor",
@@ -121,8 +122,11 @@ def captured_frame() -> CapturedFrame | None:
         return None
     if root is None:
         return None
-    traced = (code for code in root.output.traced_code if not code.co_filename.endswith(_SHELLS))
-    return CapturedFrame(next(traced, root.f_code), root.f_globals)
+    code = root.f_code
+    if code.co_filename.endswith(_SHELLS):  # the user's is what it inlined, and that is done last
+        inlined = reversed(root.output.traced_code)
+        code = next((c for c in inlined if not c.co_filename.endswith(_SHELLS)), code)
+    return CapturedFrame(code, root.f_globals)
 
 
 def compiling_on_this_thread() -> bool:
@@ -194,6 +198,12 @@ def patch_configs(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
         for name, config in _configs().items():
             stack.enter_context(config.patch(changes.get(name, {})))
         yield
+
+
+def prepare_cudagraphs(options: dict[str, Any]) -> None:
+    """Where a compile is to use CUDA graphs: importing their module makes them usable on this thread only."""
+    if options.get("triton.cudagraphs", inductor_config.triton.cudagraphs) and torch.cuda.is_available():
+        import torch._inductor.cudagraph_trees
 
 
 def stock_inductor(

@@ -12,6 +12,7 @@ Guarantees:
 from __future__ import annotations
 
 import enum
+import os
 import threading
 import time
 import warnings
@@ -136,6 +137,8 @@ Install = Callable[[], tuple[Callable[..., Any], str]]
 
 _SETTLED = tuple(state for state in State if state not in (State.PENDING, State.READY))
 
+_NOT_PENDING = tuple(state for state in State if state is not State.PENDING)
+
 _regions: list[Region] = []
 _changed = threading.Condition(threading.RLock())
 
@@ -144,6 +147,18 @@ def regions() -> list[Region]:
     """Every region of this process, oldest first."""
     with _changed:
         return list(_regions)
+
+
+def after_fork_in_child() -> None:
+    """The compiles that were under way are the parent's; what they were for stays on the pair here."""
+    global _changed
+    _changed = threading.Condition(threading.RLock())
+    for region in _regions:
+        region.settle(State.FAILED, "the process was forked while this was compiling", unless=_NOT_PENDING)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork_in_child)
 
 
 def wait_until_settled(timeout: float | None = None) -> bool:

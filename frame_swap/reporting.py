@@ -7,8 +7,9 @@ from collections import Counter
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from .region import Region, State, regions, wait_until_settled
 
@@ -44,28 +45,17 @@ class Report:
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return text
 
-    def __rich__(self) -> Table:
-        counts = Counter(str(region.state) for region in self.regions)
-        caption = ", ".join(f"{n} {state}" for state, n in counts.items()) or "no graph captured yet"
-        table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-        for title, justify in (("frame", "left"), ("id", "left"), ("state", "left"), ("pair calls", "right")):
-            table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for title in (
-            "ship s",
-            "queue s",
-            "compile s",
-            "load s",
-            "install ms",
-            "artifact kB",
-            "guards",
-            "pid",
-        ):
+    def __rich__(self) -> Group:
+        table = Table(box=box.SIMPLE_HEAD)
+        for title in ("frame", "id", "state"):
+            table.add_column(title, overflow="fold")
+        for title in ("pair calls", "ship s", "queue s", "compile s", "load s", "install ms", "kB", "guards", "pid"):
             table.add_column(title, justify="right")
         for r in self.regions:
             table.add_row(
                 _short(r.frame),
                 r.compile_id,
-                f"{r.state}: {r.reason}" if r.reason else str(r.state),
+                str(r.state),
                 str(r.pair_calls),
                 *(_number(v, 2) for v in (r.ship_s, r.queue_s, r.compile_s, r.load_s)),
                 _number(r.install_s and 1e3 * r.install_s, 1),
@@ -73,7 +63,10 @@ class Report:
                 str(len(r.late_guards) or ""),
                 str(r.worker_pid or ""),
             )
-        return table
+        counts = Counter(str(region.state) for region in self.regions)
+        summary = ", ".join(f"{n} {state}" for state, n in counts.items()) or "no graph captured yet"
+        reasons = (f"{r.compile_id} {_short(r.frame)}: {r.state}: {r.reason}" for r in self.regions if r.reason)
+        return Group(table, *(Text(f"  {line}") for line in (summary, *reasons)))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: `{"regions": [{column: value, ...}, ...]}`, times in seconds, sizes in bytes."""
@@ -107,7 +100,7 @@ def wait(timeout: float | None = None) -> Report:
 
 def _short(frame: str) -> str:
     name, _, place = frame.rpartition(", ")
-    return f"{name}\n{place.rpartition('/')[2]}" if name else frame
+    return f"{name} {place.rpartition('/')[2]}".strip()
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -21,6 +21,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -193,7 +194,21 @@ class Service:
                 self._loader = ThreadPoolExecutor(1, thread_name_prefix="frame-swap-loader")
             loader = self._loader
         with contextlib.suppress(RuntimeError):  # shut down in between
-            loader.submit(call).add_done_callback(_log_failure)
+            loader.submit(_run_courteously, call).add_done_callback(_log_failure)
+
+
+def _run_courteously(call: Callable[[], None]) -> None:
+    """Run `call`, handing the GIL over after at most half a millisecond.
+
+    A thread that wants the GIL back waits for the switch interval, 5 ms by default, and the program's calls
+    want it back after each op.
+    """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, 0.0005))
+    try:
+        call()
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def _log_failure(future: Future[None]) -> None:

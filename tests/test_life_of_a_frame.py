@@ -1,0 +1,263 @@
+"""The seven steps of `backend.py`, each seen to happen, in order, and nothing left behind."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor.utils import fresh_cache
+
+import frame_swap
+from frame_swap import FrameSwapWarning, State, backend, internals, pair
+from frame_swap.frames import cache_entry
+
+
+def only_region() -> frame_swap.Region:
+    (region,) = frame_swap.report().regions
+    return region
+
+
+def only_entry(code: CodeType) -> Any:
+    (entry,) = internals.cache_entries(code)
+    return entry
+
+
+def files_called(call: Callable[[], Any]) -> set[str]:
+    """The files of all Python code that runs during `call`."""
+    files = set()
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        files.add(frame.f_code.co_filename)
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return files
+
+
+def f(x: torch.Tensor) -> torch.Tensor:
+    return (x.sin() + 1).sum(-1)
+
+
+def test_the_graph_is_shipped_before_the_pair_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    submit, trace_pair = backend.service.submit, backend.trace_pair
+    monkeypatch.setattr(backend.service, "submit", lambda *a: order.append("ship") or submit(*a))
+    monkeypatch.setattr(backend, "trace_pair", lambda *a: order.append("pair") or trace_pair(*a))
+    torch.compile(f, backend="frame_swap")(torch.randn(4, 4))
+    assert order == ["ship", "pair"]
+
+
+def test_the_entry_is_rewritten_in_place_and_the_old_code_is_gone() -> None:
+    frame_swap.configure(when="manual")
+    compiled = torch.compile(f, backend="frame_swap")
+    x = torch.randn(4, 4)
+    compiled(x)
+    region, entry = only_region(), only_entry(f.__code__)
+    trampoline, guard_manager = weakref.ref(region.trampoline), entry.guard_manager
+    old = weakref.ref(entry.code)
+    assert region.trampoline in entry.code.co_consts
+
+    frame_swap.wait()
+    assert region.state is State.READY
+    assert only_entry(f.__code__).code is old()
+
+    frame_swap.swap()
+    assert region.state is State.INSTALLED
+    assert region.reason == ""
+    assert only_entry(f.__code__).guard_manager is guard_manager
+    assert old() is None
+    assert trampoline() is None
+    torch.testing.assert_close(compiled(x), f(x))
+
+
+def test_a_call_after_the_swap_touches_nothing_of_ours() -> None:
+    frame_swap.configure(when="manual")
+    compiled = torch.compile(f, backend="frame_swap")
+    x = torch.randn(4, 4)
+    compiled(x)
+    ours = {name for name in files_called(lambda: compiled(x)) if "/frame_swap/" in name}
+    assert {name.rpartition("/")[2] for name in ours} >= {"region.py", "pair.py"}  # so this can be seen at all
+
+    frame_swap.wait()
+    frame_swap.swap()
+    calls = only_region().pair_calls
+    assert not {name for name in files_called(lambda: compiled(x)) if "/frame_swap/" in name}
+    assert only_region().pair_calls == calls
+
+
+def test_forward_and_backward_change_over_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def counting(gm: torch.fx.GraphModule, inputs: list[Any], eager: Any = pair._eager) -> Any:
+        number, run = len(graphs), eager(gm, inputs)
+        graphs.append(gm)
+
+        def counted(args: list[Any]) -> Any:
+            ran.append(number)
+            return run(args)
+
+        counted._boxed_call = True  # type: ignore[attr-defined]
+        return counted
+
+    graphs: list[torch.fx.GraphModule] = []
+    monkeypatch.setattr(pair, "_eager", counting)
+    frame_swap.configure(when="manual")
+    compiled = torch.compile(lambda x: (x * x.sin()).sum(), backend="frame_swap")
+    x = torch.randn(8, requires_grad=True)
+    compiled(x).backward()
+    assert ran == [0, 1]  # eager forward, eager backward
+    early = compiled(x)
+    assert ran == [0, 1, 0]
+
+    frame_swap.wait()
+    frame_swap.swap()
+    compiled(x).backward()
+    assert ran == [0, 1, 0]  # neither
+    x.grad = None
+    early.backward()
+    assert ran == [0, 1, 0, 1]  # a backward belongs to the forward that ran
+    torch.testing.assert_close(x.grad, x.sin() + x * x.cos())
+
+
+def test_installing_waits_for_a_call_when_ready() -> None:
+    compiled = torch.compile(f, backend="frame_swap")
+    x = torch.randn(4, 4)
+    compiled(x)
+    frame_swap.region.wait_until_settled()
+    region = only_region()
+    assert (region.state, region.pair_calls) == (State.READY, 1)
+    compiled(x)
+    assert (region.state, region.pair_calls) == (State.INSTALLED, 1)
+
+
+def test_when_wait_the_first_call_runs_compiled_code() -> None:
+    frame_swap.configure(when="wait")
+    x = torch.randn(4, 4)
+    torch.testing.assert_close(torch.compile(f, backend="frame_swap")(x), f(x))
+    assert (only_region().state, only_region().pair_calls) == (State.INSTALLED, 0)
+
+
+def test_when_never_nothing_is_sent_to_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.service, "submit", lambda *a: pytest.fail("something was submitted"))
+    frame_swap.configure(when="never")
+    compiled, x = torch.compile(f, backend="frame_swap"), torch.randn(4, 4)
+    for calls in (1, 2):
+        torch.testing.assert_close(compiled(x), f(x))
+        assert (only_region().state, only_region().pair_calls) == (State.EAGER, calls)
+    assert frame_swap.wait().regions == [only_region()]  # nothing is pending
+
+
+def test_a_delay_holds_back_what_is_finished() -> None:
+    frame_swap.configure(delay=1.0)
+    torch.compile(f, backend="frame_swap")(torch.randn(4, 4))
+    frame_swap.wait()
+    region = only_region()
+    assert region.installed_at is not None
+    assert region.compile_span is not None
+    assert region.installed_at - region.compile_span[1] >= 1.0
+
+
+def test_two_workers_compile_two_graphs_at_once() -> None:
+    frame_swap.configure(workers=2)
+    backend.service.submit(b"", lambda outcome: None)  # starts both; they come up together
+    for function in (lambda x: (x.sin() @ x).relu(), lambda x: (x.cos() @ x).tanh()):
+        torch.compile(function, backend="frame_swap")(torch.randn(16, 16))
+    first, second = frame_swap.wait().regions
+    assert first.worker_pid != second.worker_pid
+    assert first.compile_span is not None
+    assert second.compile_span is not None
+    assert max(first.compile_span[0], second.compile_span[0]) < min(first.compile_span[1], second.compile_span[1])
+
+
+def test_a_compile_that_fails_leaves_the_pair_and_warns_once(tmp_path: Path) -> None:
+    compiled, x = torch.compile(f, backend="frame_swap"), torch.randn(4, 4)
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))})
+    with warnings.catch_warnings(record=True) as caught, no_compiler, fresh_cache(dir=str(tmp_path)):
+        warnings.simplefilter("always")
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), f(x))
+            frame_swap.wait()
+    ours = [w for w in caught if issubclass(w.category, FrameSwapWarning)]
+    assert len(ours) == 1
+    region = only_region()
+    assert region.state is State.FAILED
+    assert region.reason in str(ours[0].message)
+    assert "no-compiler" in region.reason
+    assert "its compile failed" in str(frame_swap.report())
+    assert region.pair_calls == 3
+
+
+def test_a_reset_while_compiling_makes_the_region_stale() -> None:
+    frame_swap.configure(delay=3600)
+    compiled, x = torch.compile(f, backend="frame_swap"), torch.randn(4, 4)
+    compiled(x)
+    region = only_region()
+    assert region.state is State.PENDING
+    torch._dynamo.reset()
+    assert region.state is State.STALE
+    assert region.trampoline is None
+    frame_swap.configure(delay=0)
+    torch.testing.assert_close(compiled(x), f(x))
+    frame_swap.wait()
+    assert [r.state for r in frame_swap.report().regions] == [State.STALE, State.INSTALLED]
+
+
+def test_behind_a_foreign_wrapper_a_check_remains() -> None:
+    def wrapping(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        inner = frame_swap.frame_swap_backend(gm, inputs)
+        return lambda *args: inner(*args)
+
+    compiled, x = torch.compile(f, backend=wrapping), torch.randn(4, 4)
+    compiled(x)
+    frame_swap.wait()
+    torch.testing.assert_close(compiled(x), f(x))
+    region = only_region()
+    assert (region.state, region.pair_calls) == (State.INSTALLED, 1)
+    assert "a check remains" in region.reason
+
+
+def test_an_unfamiliar_cache_entry_is_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unfamiliar(entry: Any) -> Any:
+        raise cache_entry.UnknownLayout("for the test")
+
+    monkeypatch.setattr(cache_entry, "_code_field", unfamiliar)
+    compiled, x = torch.compile(f, backend="frame_swap"), torch.randn(4, 4)
+    compiled(x)
+    code = only_entry(f.__code__).code
+    frame_swap.wait()
+    torch.testing.assert_close(compiled(x), f(x))
+    assert only_entry(f.__code__).code is code
+    assert (only_region().state, only_region().pair_calls) == (State.INSTALLED, 1)
+    assert "a check remains" in only_region().reason
+
+
+def test_modules_that_share_a_code_object_are_told_apart() -> None:
+    modules = [torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())]
+    compiled = [torch.compile(m, backend="frame_swap") for m in modules]
+    x = torch.randn(2, 4)
+    for c in compiled:
+        c(x)
+    frame_swap.wait()
+    for c, m in zip(compiled, modules, strict=True):
+        torch.testing.assert_close(c(x), m(x))
+    assert [r.state for r in frame_swap.report().regions] == [State.INSTALLED] * 2
+    assert [r.pair_calls for r in frame_swap.report().regions] == [1, 1]
+
+
+def test_a_plain_call_of_the_backend_outside_of_dynamo_is_refused_politely() -> None:
+    gm = torch.fx.symbolic_trace(lambda x: (x.sin() + 1,))
+    compiled = frame_swap.frame_swap_backend(gm, [torch.randn(4)])
+    x = torch.randn(4)
+    torch.testing.assert_close(compiled(x), (x.sin() + 1,))
+    assert only_region().state is State.FOREGROUND
+    assert "outside of Dynamo" in only_region().reason

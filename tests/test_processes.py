@@ -1,0 +1,187 @@
+"""Whole programs: what runs where, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import frame_swap
+from frame_swap import FrameSwapWarning, State, backend
+
+WATCH = """
+    import sys, torch
+    compiled_here = []
+    def audit(event, args):
+        if event == "subprocess.Popen":
+            compiled_here.append(str(args[1])[:80])
+    sys.addaudithook(audit)
+    import torch._inductor.compile_fx as inductor
+    inner = inductor.compile_fx_inner
+    def watched(*args, **kwargs):
+        compiled_here.append("compile_fx_inner")
+        return inner(*args, **kwargs)
+    inductor.compile_fx_inner = watched
+    inductor.compile_fx.__kwdefaults__, inductor.compile_fx.__defaults__ = None, (
+        watched, *inductor.compile_fx.__defaults__[1:])
+    import frame_swap
+    from torch._inductor.utils import fresh_cache
+"""
+
+
+def test_no_inductor_compile_runs_in_the_calling_process(run_program: Any) -> None:
+    program = WATCH + """
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.LayerNorm(8))
+    with fresh_cache():
+        compiled = torch.compile(model, backend="frame_swap")
+        x = torch.randn(4, 8)
+        compiled(x).sum().backward()
+        frame_swap.wait()
+        compiled(x).sum().backward()
+        print(frame_swap.report().regions[0].state, compiled_here)
+    """
+    assert run_program(program).stdout.split("\n")[0] == "installed []"
+
+
+def test_a_foreground_region_is_seen_to_compile_here(run_program: Any) -> None:
+    """The same watch, on what does compile in the calling process: it can see it."""
+    program = WATCH + """
+    @torch.library.custom_op("here::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+    twice.register_fake(torch.empty_like)
+    with fresh_cache():
+        torch.compile(lambda x: twice(x).sin() + 1, backend="frame_swap")(torch.randn(8))
+        region, = frame_swap.wait().regions
+        print(region.state, "|", region.reason, "|", compiled_here)
+    """
+    state, reason, seen = run_program(program).stdout.split("|")
+    assert state.strip() == "foreground"
+    assert "here.twice" in reason
+    assert "compile_fx_inner" in seen
+
+
+PENDING = """
+    import sys, time, torch, frame_swap
+    from frame_swap.compiling.service import service
+    compiled = torch.compile(lambda x: (x.sin() @ x).relu(), backend="frame_swap")
+    compiled(torch.randn(32, 32))
+    print(frame_swap.report().regions[0].state, *service.worker_pids(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "raise ValueError('uncaught')"])
+def test_exit_with_work_pending_takes_under_two_seconds_and_leaves_nothing(run_program: Any, ending: str) -> None:
+    program = PENDING + f"""
+    print(time.time(), flush=True)
+    {ending}
+    """
+    # The call returns when the program has ended and nobody holds its output.
+    done = run_program(program, check=False)
+    ended = time.time()
+    first, last = done.stdout.splitlines()
+    state, *pids = first.split()
+    assert state == "pending"
+    assert pids
+    assert ended - float(last) < 2.0
+    assert "leaked" not in done.stderr
+    assert _gone(pids)
+
+
+def test_workers_end_when_their_program_is_killed() -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PENDING) + "time.sleep(600)"], stdout=subprocess.PIPE, text=True
+    )
+    assert program.stdout is not None
+    state, *pids = program.stdout.readline().split()
+    assert state == "pending"
+    os.kill(program.pid, signal.SIGKILL)
+    program.wait()
+    assert _gone(pids, within=30)  # a worker that is importing torch looks up only when it is done
+    program.stdout.close()
+
+
+def test_a_worker_does_not_run_the_users_main(tmp_path: Path, run_program: Any) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            open({str(tmp_path / "runs")!r}, "a").write("x")
+            import torch, frame_swap
+            compiled = torch.compile(lambda x: x.sin() + 1, backend="frame_swap")
+            compiled(torch.randn(4))
+            print(frame_swap.wait().regions[0].state)
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip() == "installed", done.stderr
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_workers_start_when_the_backend_is_named_and_not_before(run_program: Any) -> None:
+    done = run_program(
+        """
+        import psutil, torch, frame_swap
+        before = len(psutil.Process().children())
+        torch.compile(lambda x: x, backend="frame_swap")
+        from frame_swap.compiling.service import service
+        print(before, len(service.worker_pids()))
+        """
+    )
+    assert done.stdout.split() == ["0", str(frame_swap.settings.default_workers())]
+
+
+def test_a_lost_worker_fails_its_region_and_the_pool_mends_itself() -> None:
+    torch.compile(lambda x: x.sin() + 1, backend="frame_swap")(torch.randn(4))
+    with pytest.warns(FrameSwapWarning, match="worker was lost"):
+        for pid in backend.service.worker_pids():
+            os.kill(pid, signal.SIGKILL)
+        lost, = frame_swap.wait().regions
+    assert lost.state is State.FAILED
+    x = torch.randn(4)
+    compiled = torch.compile(lambda x: x.sin() + 2, backend="frame_swap")
+    compiled(x)
+    frame_swap.wait()
+    torch.testing.assert_close(compiled(x), x.sin() + 2)
+    assert frame_swap.report().regions[1].state is State.INSTALLED
+
+
+def test_a_forked_child_goes_on_with_the_pair(run_program: Any) -> None:
+    done = run_program(
+        """
+        import os, torch, frame_swap
+        torch.set_num_threads(1)  # OpenMP does not survive a fork
+        compiled = torch.compile(lambda x: x.sin() + 1, backend="frame_swap")
+        x = torch.randn(4)
+        compiled(x)
+        if os.fork() == 0:
+            torch.testing.assert_close(compiled(x), x.sin() + 1)
+            region, = frame_swap.wait(timeout=60).regions
+            print("child", region.state, region.reason, flush=True)
+            os._exit(0)
+        os.wait()
+        frame_swap.wait()
+        torch.testing.assert_close(compiled(x), x.sin() + 1)
+        print("parent", frame_swap.report().regions[0].state)
+        """
+    )
+    child, parent = done.stdout.splitlines()
+    assert child.startswith("child failed")
+    assert "forked" in child
+    assert parent == "parent installed"
+
+
+def _gone(pids: list[str], within: float = 2.0) -> bool:
+    alive = [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
+    _, alive = psutil.wait_procs(alive, timeout=within)
+    return not alive

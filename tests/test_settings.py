@@ -1,0 +1,172 @@
+"""Bad input gets an error that says what to do; good input reaches where it should."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+
+import frame_swap
+from frame_swap import FrameSwapWarning, State, backend, internals, settings
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"when": "reday"}, "did you mean 'ready'"),
+        ({"when": "sometime"}, "choose one of 'ready', 'wait', 'manual', 'never'"),
+        ({"delay": -1}, "0 or more"),
+        ({"delay": float("nan")}, "0 or more"),
+        ({"workers": 0}, "1 or more"),
+        ({"workers": 1.5}, "whole number"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_and_changes_nothing(values: dict[str, Any], words: str) -> None:
+    before = settings.current()
+    with pytest.raises(ValueError, match=words):
+        frame_swap.configure(**values)
+    assert settings.current() == before
+
+
+def test_an_executor_must_be_one() -> None:
+    with pytest.raises(TypeError, match="give a concurrent.futures.Executor"):
+        frame_swap.configure(executor="threads")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"FRAME_SWAP_WHEN": "soon"}, "FRAME_SWAP_WHEN='soon'"),
+        ({"FRAME_SWAP_WORKERS": "many"}, "FRAME_SWAP_WORKERS='many'"),
+        ({"FRAME_SWAP_DELAY": "-2"}, "FRAME_SWAP_DELAY='-2'"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        settings.Settings.from_environment(environ)
+
+
+def test_the_environment_sets_what_configure_sets() -> None:
+    environ = {"FRAME_SWAP_WHEN": "manual", "FRAME_SWAP_WORKERS": "3", "FRAME_SWAP_DELAY": "0.5"}
+    assert settings.Settings.from_environment(environ) == settings.Settings(3, "manual", 0.5)
+
+
+def test_the_number_of_workers_follows_the_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpus, workers in ((1, 1), (2, 1), (4, 2), (64, 4)):
+        monkeypatch.setattr(settings, "usable_cpus", lambda cpus=cpus: cpus)
+        assert settings.default_workers() == workers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"mode": "max-autotone"}, "did you mean 'max-autotune'"),
+        ({"options": {"epilog_fusion": True}}, "did you mean 'epilogue_fusion'"),
+        ({"options": {"epilogue_fusion": "yes"}}, "got str, expected bool"),
+    ],
+)
+def test_an_unknown_mode_or_option_is_an_error_that_names_the_nearest(
+    arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        frame_swap.opt_in(**arguments)
+    with pytest.raises(Exception, match=words):  # Dynamo wraps what a backend raises
+        torch.compile(lambda x: x + 1, backend="frame_swap", **arguments)(torch.randn(3))
+
+
+def test_mode_and_options_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    parcels = []
+    submit = backend.service.submit
+    monkeypatch.setattr(backend.service, "submit", lambda parcel, d: parcels.append(parcel) or submit(parcel, d))
+    torch.compile(
+        lambda x: x.sin() + 2, backend="frame_swap", mode="max-autotune-no-cudagraphs", options=None
+    )(torch.randn(3))
+    torch.compile(lambda x: x.sin() + 3, backend="frame_swap", options={"size_asserts": False})(torch.randn(3))
+    from frame_swap.compiling import ship
+
+    sent = [ship.open_state(parcel)[2] for parcel in parcels]
+    assert sent[0]["max_autotune"] is True
+    assert sent[1] == {"size_asserts": False}
+    assert [r.state for r in frame_swap.wait().regions] == [State.INSTALLED] * 2
+
+
+def test_disabled_it_is_stock_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAME_SWAP_DISABLE", "1")
+    x = torch.randn(3)
+    torch.testing.assert_close(torch.compile(lambda x: x.sin() + 4, backend="frame_swap")(x), x.sin() + 4)
+    assert frame_swap.report().regions == []
+
+
+def test_without_a_private_name_it_stands_aside_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend._unsupported.cache_clear()
+    monkeypatch.setattr(internals, "MISSING", "cannot import name 'orig_code_map'")
+    x = torch.randn(3)
+    try:
+        with pytest.warns(FrameSwapWarning, match=r"lacks what it needs .*use torch 2\.11 to 2\.15") as caught:
+            for add in (5, 6):
+                compiled = torch.compile(lambda x, add=add: x.sin() + add, backend="frame_swap")
+                torch.testing.assert_close(compiled(x), x.sin() + add)
+    finally:
+        backend._unsupported.cache_clear()
+    assert len([w for w in caught if w.category is FrameSwapWarning]) == 1
+    assert frame_swap.report().regions == []
+
+
+def test_a_name_that_torch_no_longer_has_is_found_at_import(run_program: Any) -> None:
+    done = run_program(
+        """
+        import warnings, torch, torch._dynamo.utils
+        del torch._dynamo.utils.orig_code_map
+        import frame_swap
+        x = torch.randn(3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compiled = torch.compile(lambda x: x.sin() + 7, backend="frame_swap")
+            torch.testing.assert_close(compiled(x), x.sin() + 7)
+        print([str(w.message) for w in caught if w.category is frame_swap.FrameSwapWarning])
+        """
+    )
+    assert "orig_code_map" in done.stdout
+
+
+def test_a_dead_executor_fails_the_region_and_says_what_to_do() -> None:
+    dead = ThreadPoolExecutor(1)
+    dead.shutdown()
+    frame_swap.configure(executor=dead)
+    x = torch.randn(3)
+    with pytest.warns(FrameSwapWarning, match=r"ThreadPoolExecutor.*configure\(executor=None\)"):
+        torch.testing.assert_close(torch.compile(lambda x: x.sin() + 8, backend="frame_swap")(x), x.sin() + 8)
+        (region,) = frame_swap.wait().regions
+    assert region.state is State.FAILED
+
+
+def test_any_executor_of_processes_will_do() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        frame_swap.configure(executor=executor)
+        x = torch.randn(3)
+        compiled = torch.compile(lambda x: x.sin() + 9, backend="frame_swap")
+        compiled(x)
+        (region,) = frame_swap.wait().regions
+        assert region.worker_pid in executor._processes
+    assert region.state is State.INSTALLED
+    torch.testing.assert_close(compiled(x), x.sin() + 9)
+
+
+def test_the_report_is_a_table_and_json() -> None:
+    compiled = torch.compile(lambda x: x.sin() + 10, backend="frame_swap")
+    compiled(torch.randn(3))
+    report = frame_swap.wait()
+    (row,) = json.loads(json.dumps(report.as_dict()))["regions"]
+    columns = "frame compile_id state reason pair_calls ship_s queue_s compile_s load_s install_s"
+    assert set(row) == {*columns.split(), "artifact_bytes", "late_guards", "worker_pid"}
+    assert row["state"] == "installed"
+    assert row["compile_s"] > 0
+    assert row["artifact_bytes"] > 1000
+    assert "test_settings.py" in row["frame"]
+    text = str(report)
+    assert "installed" in text
+    assert "test_settings.py" in text
