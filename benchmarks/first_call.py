@@ -19,8 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from . import output
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ARMS = ("eager", "aot_eager", "inductor", "upstream_async", "frame_swap")
 BACKENDS = {
@@ -37,7 +43,7 @@ def run_arm(arm: str, model: str, train: bool, seconds: float) -> dict[str, Any]
 
     from . import models
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = output.device()
     step = models.make(model, train, device)
     step.run(step.model)
     finish = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -85,16 +91,14 @@ def spawn_arm(arm: str, args: argparse.Namespace, seconds: float) -> dict[str, A
 def durations(run: dict[str, Any], after: float = 0.0, before: float = float("inf")) -> list[float]:
     """Seconds of each step but the first that began and ended within the window."""
     ends = run["ends"]
-    return [b - a for a, b in zip(ends, ends[1:], strict=False) if after <= a and b <= before]
+    return [b - a for a, b in pairwise(ends) if after <= a and b <= before]
 
 
 def ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The figures of one round of all arms."""
     ours, stock, pair = runs["frame_swap"], runs["inductor"], runs["aot_eager"]
     swap = ours["swap"] or float("inf")
-    around = [
-        b - a for a, b in zip(ours["ends"], ours["ends"][1:], strict=False) if swap - 2 <= b and a <= swap + 1
-    ]
+    around = [b - a for a, b in pairwise(ours["ends"]) if swap - 2 <= b and a <= swap + 1]
     median = statistics.median(durations(ours, ours["ends"][0], swap) or [float("nan")])
     behind = max(
         bisect.bisect_right(stock["ends"], t) - bisect.bisect_right(ours["ends"], t) for t in stock["ends"]
@@ -118,15 +122,12 @@ def ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def draw(runs: dict[str, dict[str, Any]], title: str, path: Path) -> None:
+def draw(runs: dict[str, dict[str, Any]], title: str) -> Figure:
     """Steps done against seconds, one curve an arm."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = dict(zip(ARMS, ("#9a9a9a", "#c9a227", "#3b6fb6", "#7fb2e5", "#c8102e"), strict=True))
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
     for arm in ARMS:
         ends = runs[arm]["ends"]
         axes.step(
@@ -134,32 +135,28 @@ def draw(runs: dict[str, dict[str, Any]], title: str, path: Path) -> None:
             range(1, len(ends) + 1),
             where="post",
             label=arm,
-            color=colours[arm],
+            color=output.COLOURS[arm],
             linewidth=2.2 if arm == "frame_swap" else 1.4,
         )
-    swap = runs["frame_swap"]["swap"]
+    swap, colour = runs["frame_swap"]["swap"], output.COLOURS["frame_swap"]
     if swap is not None:
-        axes.axvline(swap, color=colours["frame_swap"], linestyle=":", linewidth=1)
-        axes.annotate(
-            "the swap", (swap, 0), textcoords="offset points", xytext=(4, 6), color=colours["frame_swap"]
-        )
+        axes.axvline(swap, color=colour, linestyle=":", linewidth=1)
+        axes.annotate("the swap", (swap, 0), textcoords="offset points", xytext=(4, 6), color=colour)
     axes.set_xlabel("seconds since torch.compile")
     axes.set_ylabel("steps done")
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-4")
     parser.add_argument("--infer", action="store_true", help="inference instead of training")
     parser.add_argument("--runs", type=int, default=3, help="rounds of all arms; the medians are printed")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long each arm steps")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=output.RESULTS)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
@@ -171,9 +168,7 @@ def main() -> None:
         runs = {}
         for arm in ARMS:
             runs[arm] = spawn_arm(arm, args, args.seconds)
-            print(
-                f"round {number + 1}: {arm:15s} first result after {runs[arm]['ends'][0]:6.2f} s", flush=True
-            )
+            print(f"round {number + 1}: {arm:15s} first result after {runs[arm]['ends'][0]:6.2f} s", flush=True)
         rounds.append(runs)
     tables = [ratios(runs) for runs in rounds]
     figures = {name: statistics.median(table[name] for table in tables) for name in tables[0]}
@@ -182,22 +177,11 @@ def main() -> None:
 
     import torch
 
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{len(os.sched_getaffinity(0))} CPU cores"
-    )
-    what = f"{args.model}, {'inference' if args.infer else 'training'}, torch {torch.__version__}, {device}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = (
-        args.out
-        / f"first_call-{args.model}-{'infer' if args.infer else 'train'}-{'cuda' if torch.cuda.is_available() else 'cpu'}"
-    )
-    stem.with_suffix(".json").write_text(
-        json.dumps({"what": what, "figures": figures, "rounds": tables, "runs": rounds})
-    )
-    draw(rounds[-1], what, stem.with_suffix(".png"))
-    print(f"wrote {stem}.json and {stem}.png")
+    program = "infer" if args.infer else "train"
+    what = f"{args.model}, {program}, torch {torch.__version__}, {output.device_name()}"
+    results = {"what": what, "figures": figures, "rounds": tables, "runs": rounds}
+    stem = args.out / f"first_call-{args.model}-{program}-{output.device()}"
+    output.write(stem, results, draw(rounds[-1], what))
 
 
 if __name__ == "__main__":

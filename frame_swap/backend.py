@@ -122,9 +122,7 @@ def _on_outcome(
             with region.timed("load_s"):
                 compiled = load(outcome.artifact)
                 late = guards.undecided(pickle.loads(outcome.late_guards), shapes.implies)
-                predicate = guards.source(
-                    late, {symbol: f"args[{at}]" for symbol, at in shapes.symbols.items()}
-                )
+                predicate = guards.source(late, {symbol: f"args[{at}]" for symbol, at in shapes.symbols.items()})
                 region.late_guards = tuple(map(str, late))
                 callee = direct_call(compiled, predicate, trampoline.pair)
                 install = _prepare_install(trampoline.site, callee)
@@ -133,6 +131,8 @@ def _on_outcome(
         except FrameGone:
             region.abandon()
         except Exception as error:
+            if service.stopped:  # imports fail then, and nobody wants to know
+                return
             log.info("frame-swap: loading %s failed", region, exc_info=True)
             region.fail(f"loading its compiled code failed: {type(error).__name__}: {error}")
         else:

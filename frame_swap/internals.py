@@ -12,6 +12,7 @@ Nothing else in frame-swap imports a private name of torch.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple, cast
@@ -203,7 +204,7 @@ def patch_configs(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
 def prepare_cudagraphs(options: dict[str, Any]) -> None:
     """Where a compile is to use CUDA graphs: importing their module makes them usable on this thread only."""
     if options.get("triton.cudagraphs", inductor_config.triton.cudagraphs) and torch.cuda.is_available():
-        import torch._inductor.cudagraph_trees
+        importlib.import_module("torch._inductor.cudagraph_trees")
 
 
 def stock_inductor(

@@ -49,7 +49,17 @@ class Report:
         table = Table(box=box.SIMPLE_HEAD)
         for title in ("frame", "id", "state"):
             table.add_column(title, overflow="fold")
-        for title in ("pair calls", "ship s", "queue s", "compile s", "load s", "install ms", "kB", "guards", "pid"):
+        for title in (
+            "pair calls",
+            "ship s",
+            "queue s",
+            "compile s",
+            "load s",
+            "install ms",
+            "kB",
+            "guards",
+            "pid",
+        ):
             table.add_column(title, justify="right")
         for r in self.regions:
             table.add_row(

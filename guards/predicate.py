@@ -67,9 +67,7 @@ class Inexpressible(ValueError):
     """
 
 
-def undecided(
-    relations: Iterable[sympy.Basic], implied: Callable[[sympy.Basic], bool | None]
-) -> list[sympy.Basic]:
+def undecided(relations: Iterable[sympy.Basic], implied: Callable[[sympy.Basic], bool | None]) -> list[sympy.Basic]:
     """The relations that calls must be checked for, once each, in their order.
 
     `implied` says what is known of a relation without a call: True (always holds), False (never does) or

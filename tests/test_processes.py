@@ -39,7 +39,9 @@ WATCH = """
 
 
 def test_no_inductor_compile_runs_in_the_calling_process(run_program: Any) -> None:
-    program = WATCH + """
+    program = (
+        WATCH
+        + """
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.LayerNorm(8))
     with fresh_cache():
         compiled = torch.compile(model, backend="frame_swap")
@@ -49,12 +51,15 @@ def test_no_inductor_compile_runs_in_the_calling_process(run_program: Any) -> No
         compiled(x).sum().backward()
         print(frame_swap.report().regions[0].state, compiled_here)
     """
+    )
     assert run_program(program).stdout.split("\n")[0] == "installed []"
 
 
 def test_a_foreground_region_is_seen_to_compile_here(run_program: Any) -> None:
     """The same watch, on what does compile in the calling process: it can see it."""
-    program = WATCH + """
+    program = (
+        WATCH
+        + """
     @torch.library.custom_op("here::twice", mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:
         return x * 2
@@ -64,6 +69,7 @@ def test_a_foreground_region_is_seen_to_compile_here(run_program: Any) -> None:
         region, = frame_swap.wait().regions
         print(region.state, "|", region.reason, "|", compiled_here)
     """
+    )
     state, reason, seen = run_program(program).stdout.split("|")
     assert state.strip() == "foreground"
     assert "here.twice" in reason
@@ -81,10 +87,13 @@ PENDING = """
 
 @pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "raise ValueError('uncaught')"])
 def test_exit_with_work_pending_takes_under_two_seconds_and_leaves_nothing(run_program: Any, ending: str) -> None:
-    program = PENDING + f"""
+    program = (
+        PENDING
+        + f"""
     print(time.time(), flush=True)
     {ending}
     """
+    )
     # The call returns when the program has ended and nobody holds its output.
     done = run_program(program, check=False)
     ended = time.time()
@@ -99,7 +108,9 @@ def test_exit_with_work_pending_takes_under_two_seconds_and_leaves_nothing(run_p
 
 def test_workers_end_when_their_program_is_killed() -> None:
     program = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PENDING) + "time.sleep(600)"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(PENDING) + "time.sleep(600)"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert program.stdout is not None
     state, *pids = program.stdout.readline().split()
@@ -142,11 +153,14 @@ def test_workers_start_when_the_backend_is_named_and_not_before(run_program: Any
 
 
 def test_a_lost_worker_fails_its_region_and_the_pool_mends_itself() -> None:
+    backend.service.start()
+    for pid in backend.service.worker_pids():
+        os.kill(pid, signal.SIGSTOP)  # so that none finishes first
     torch.compile(lambda x: x.sin() + 1, backend="frame_swap")(torch.randn(4))
     with pytest.warns(FrameSwapWarning, match="worker was lost"):
         for pid in backend.service.worker_pids():
             os.kill(pid, signal.SIGKILL)
-        lost, = frame_swap.wait().regions
+        (lost,) = frame_swap.wait().regions
     assert lost.state is State.FAILED
     x = torch.randn(4)
     compiled = torch.compile(lambda x: x.sin() + 2, backend="frame_swap")

@@ -33,7 +33,7 @@ def test_a_value_that_cannot_be_used_is_refused_and_changes_nothing(values: dict
 
 
 def test_an_executor_must_be_one() -> None:
-    with pytest.raises(TypeError, match="give a concurrent.futures.Executor"):
+    with pytest.raises(TypeError, match="has no submit"):
         frame_swap.configure(executor="threads")  # type: ignore[arg-type]
 
 
@@ -82,9 +82,9 @@ def test_mode_and_options_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> N
     parcels = []
     submit = backend.service.submit
     monkeypatch.setattr(backend.service, "submit", lambda parcel, d: parcels.append(parcel) or submit(parcel, d))
-    torch.compile(
-        lambda x: x.sin() + 2, backend="frame_swap", mode="max-autotune-no-cudagraphs", options=None
-    )(torch.randn(3))
+    torch.compile(lambda x: x.sin() + 2, backend="frame_swap", mode="max-autotune-no-cudagraphs", options=None)(
+        torch.randn(3)
+    )
     torch.compile(lambda x: x.sin() + 3, backend="frame_swap", options={"size_asserts": False})(torch.randn(3))
     from frame_swap.compiling import ship
 
@@ -92,6 +92,20 @@ def test_mode_and_options_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> N
     assert sent[0]["max_autotune"] is True
     assert sent[1] == {"size_asserts": False}
     assert [r.state for r in frame_swap.wait().regions] == [State.INSTALLED] * 2
+
+
+def test_caches_may_be_switched_off(run_program: Any) -> None:
+    done = run_program(
+        """
+        import torch, torch._functorch.config, frame_swap
+        for off in ({"enable_autograd_cache": True}, {"enable_autograd_cache": False}):
+            with torch._functorch.config.patch(**off):
+                torch.compile(lambda x: x.sin() + len(off), backend="frame_swap")(torch.randn(4))
+        print(*(region.state for region in frame_swap.wait().regions))
+        """,
+        TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
+    )
+    assert set(done.stdout.split()) == {"installed"}
 
 
 def test_disabled_it_is_stock_inductor(monkeypatch: pytest.MonkeyPatch) -> None:

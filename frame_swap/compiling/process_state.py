@@ -63,8 +63,7 @@ class ProcessState:
             grad=torch.is_grad_enabled(),
             inference=torch.is_inference_mode_enabled(),
             autocast={
-                d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
-                for d in sorted(devices | {"cpu"})
+                d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices | {"cpu"})
             },
             autocast_cache=torch.is_autocast_cache_enabled(),
             deterministic=(

@@ -50,8 +50,9 @@ Deliver = Callable[[Outcome], None]
 class Job:
     """One compile under way."""
 
-    def __init__(self, deliver: Deliver) -> None:
+    def __init__(self, deliver: Deliver, delay: float) -> None:
         self._deliver: Deliver | None = deliver
+        self._delay = delay
         self._future: Future[Outcome] | None = None
         self._hold: threading.Timer | None = None
 
@@ -89,7 +90,7 @@ class Service:
 
     def submit(self, parcel: bytes, deliver: Deliver) -> Job:
         """Have `parcel` compiled; `deliver` gets the outcome."""
-        job = Job(deliver)
+        job = Job(deliver, settings.current().delay)
         compile_parcel = functools.partial(worker.compile_graph, parcel, time.time())
         executor = settings.current().executor
         try:
@@ -111,6 +112,11 @@ class Service:
         """How many threads leave our workers a core each; None while they compile nothing."""
         busy = min(self._compiling, self._pool_size)
         return max(1, settings.usable_cpus() - busy) if busy > 0 else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the interpreter is on its way out."""
+        return self._stopped
 
     def worker_pids(self) -> list[int]:
         """Process ids of our own workers, for tests and the curious."""
@@ -175,9 +181,8 @@ class Service:
             return
         error = future.exception()
         outcome = future.result() if error is None else _failed(f"the worker was lost: {_line(error)}")
-        delay = settings.current().delay
-        if delay > 0:
-            job._hold = threading.Timer(delay, self._finish, (job, outcome))
+        if job._delay > 0:
+            job._hold = threading.Timer(job._delay, self._finish, (job, outcome))
             job._hold.daemon = True
             job._hold.start()
         else:

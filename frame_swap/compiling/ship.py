@@ -114,9 +114,7 @@ def _check_options(changes: dict[str, dict[str, Any]]) -> None:
             try:
                 pickle.dumps(value)
             except Exception as error:
-                raise Unshippable(
-                    f"{config} config {name} cannot be pickled: {_first_line(error)}"
-                ) from error
+                raise Unshippable(f"{config} config {name} cannot be pickled: {_first_line(error)}") from error
 
 
 def _fake_input(value: Any) -> Any:

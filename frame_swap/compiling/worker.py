@@ -55,6 +55,7 @@ def initialize(parent: int, niceness: int, compiler_threads: int) -> None:
     _let_go_of_output()
     threading.Thread(target=_end_with, args=(parent,), name="frame-swap-watch", daemon=True).start()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(compiler_threads)
+    _allow_caches()
 
     import torch
     import torch._dynamo
@@ -77,6 +78,13 @@ def _probe_cpu() -> None:
 
     with contextlib.suppress(Exception):  # no compiler, or a full disk: the compile itself will say so
         pick_vec_isa()
+
+
+def _allow_caches() -> None:
+    # What makes a compile's result serialisable is the machinery of Inductor's caches, so they cannot be off.
+    # This variable is read when torch is imported, and settings give way to it.
+    for variable in ("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "TORCH_COMPILE_FORCE_DISABLE_CACHES"):
+        os.environ.pop(variable, None)
 
 
 def _let_go_of_output() -> None:
@@ -104,6 +112,7 @@ def compile_graph(parcel: bytes, submitted: float) -> Outcome:
     """Run all of Inductor's `compile_fx` on a parcel of `ship.pack`."""
     started = time.time()
     artifact, guards, error, details = None, b"", "", ""
+    _allow_caches()
     try:
         artifact, guards = _compile(parcel)
     except BaseException as failure:
@@ -130,7 +139,9 @@ def _compile(parcel: bytes) -> tuple[bytes, bytes]:
             libraries.recorded() as kernels,
             internals.compile_context(context),
             internals.tracing(internals.TracingContext(fake_mode)),
+            internals.inductor_config.patch(force_disable_caches=False),
             internals.functorch_config.patch(
+                enable_autograd_cache=True,
                 strict_autograd_cache=True,
                 bypass_autograd_cache_key=True,
                 bundled_autograd_cache=True,

@@ -38,9 +38,7 @@ def call_instead(code: CodeType, old: object, new: object) -> CodeType:
     )
 
 
-def _replace(
-    code: CodeType, matches: Callable[[Instr], bool], load: Callable[[Instr], list[Instr]]
-) -> CodeType:
+def _replace(code: CodeType, matches: Callable[[Instr], bool], load: Callable[[Instr], list[Instr]]) -> CodeType:
     instructions = Bytecode.from_code(code)
     found = [at for at, i in enumerate(instructions) if isinstance(i, Instr) and matches(i)]
     for at in reversed(found):

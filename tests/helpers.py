@@ -1,0 +1,173 @@
+"""Twins: one subject built twice, eager and compiled, called alike before, during and after the swap.
+
+def doubles(compiled: Wrap) -> Subject:
+    return Subject(compiled(lambda x: x * 2), [lambda: (torch.rand(3),)])
+
+through_swap(doubles, device=device)
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
+
+import frame_swap
+from frame_swap import Region, State
+
+Wrap = Callable[..., Any]
+"""`torch.compile`, or what leaves a function as it is; takes a function or module, and keywords."""
+
+
+class Subject(NamedTuple):
+    """What is called, and with what.
+
+    Attributes:
+        call: the compiled thing itself, or a function that calls it.
+        inputs: each makes the arguments of one call, anew each time; random numbers are seeded.
+        module: whose gradients and buffers are compared too.
+        tolerance: for `torch.testing.assert_close`, where its defaults for the dtype do not fit.
+    """
+
+    call: Callable[..., Any]
+    inputs: Sequence[Callable[[], tuple[Any, ...]]]
+    module: nn.Module | None = None
+    tolerance: dict[str, float] = {}  # noqa: RUF012 - a default that nobody changes
+
+
+Make = Callable[[Wrap], Subject]
+"""Builds a subject with the wrapper that it is given."""
+
+
+def as_is(target: Any, **_: Any) -> Any:
+    """The wrapper of the eager twin."""
+    return target
+
+
+def with_frame_swap(target: Any, **keywords: Any) -> Any:
+    """The wrapper of the other one."""
+    return torch.compile(target, backend="frame_swap", **keywords)
+
+
+class Twins:
+    """The subject twice, from the same random numbers; `check()` compares one call of each per input."""
+
+    def __init__(self, make: Make, device: str, wrap: Wrap = with_frame_swap) -> None:
+        self.device = device
+        self.eager, self.compiled = (self._seeded(make, wrapper) for wrapper in (as_is, wrap))
+        self._calls = 0
+
+    def check(self, stage: str) -> None:
+        """Call both with each of the inputs; outputs, gradients and all that was mutated must be equal."""
+        for at in range(len(self.eager.inputs)):
+            self._calls += 1
+            expected, actual = (self._observe(twin, at) for twin in (self.eager, self.compiled))
+            assert_same(actual, expected, f"{stage} the swap, input {at}", self.eager.tolerance)
+
+    def _observe(self, subject: Subject, at: int) -> dict[str, Any]:
+        args = self._seeded(subject.inputs[at])
+        torch.manual_seed(self._calls)
+        return observe(subject.call, args, subject.module)
+
+    def _seeded(self, make: Callable[..., Any], *args: Any) -> Any:
+        torch.manual_seed(getattr(self, "_calls", 0))
+        with torch.device(self.device):
+            return make(*args)
+
+
+def observe(call: Callable[..., Any], args: tuple[Any, ...], module: nn.Module | None = None) -> dict[str, Any]:
+    """Call, run the backward of every output that has one, and return everything that can be seen of it."""
+    outputs = call(*args)
+    differentiable = [t for t in tensors_in(outputs) if t.grad_fn is not None]
+    torch.autograd.backward(differentiable, [_uneven(t) for t in differentiable])
+    return {
+        "outputs": outputs,
+        "inputs": args,
+        "input gradients": [t.grad for t in tensors_in(args) if t.is_leaf],
+        "aliases": _aliases(outputs, args),
+        "parameters": dict(module.named_parameters()) if module else {},
+        "gradients": {name: p.grad for name, p in module.named_parameters()} if module else {},
+        "buffers": dict(module.named_buffers()) if module else {},
+    }
+
+
+def assert_same(actual: Any, expected: Any, where: str, tolerance: dict[str, float] | None = None) -> None:
+    """The same structure, and in it equal values, dtypes, strides and `requires_grad`."""
+    expected_leaves, expected_structure = tree_flatten_with_path(expected)
+    actual_leaves, structure = tree_flatten_with_path(actual)
+    assert structure == expected_structure, f"{where}: {structure} is not {expected_structure}"
+    for (path, want), (_, have) in zip(expected_leaves, actual_leaves, strict=True):
+        name = f"{where}: {''.join(map(str, path))}"
+        if isinstance(want, Tensor):
+            assert isinstance(have, Tensor), f"{name} is a {type(have).__name__}, not a tensor"
+            strided = want.layout is torch.strided
+            torch.testing.assert_close(
+                have, want, check_stride=strided, msg=lambda why: f"{name}: {why}", **(tolerance or {})
+            )
+            assert have.requires_grad == want.requires_grad, f"{name}: requires_grad={have.requires_grad}"
+        else:
+            assert (type(have), have) == (type(want), want), f"{name} is {have!r}, not {want!r}"
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def wait_for_all() -> None:
+    """Until compiled code is loaded for each graph: the pair still serves, since `when` is "manual"."""
+    regions = frame_swap.wait().regions
+    assert {r.state for r in regions} == {State.READY}, frame_swap.report()
+
+
+def swap_all() -> list[Region]:
+    """Install everything; returns the regions, of which nothing but the record is left."""
+    regions = frame_swap.swap().regions
+    gc.collect()
+    for region in regions:
+        assert (region.state, region.reason) == (State.INSTALLED, ""), frame_swap.report()
+        assert region.trampoline is None, f"{region}: something holds its trampoline"
+    return regions
+
+
+def through_swap(*makes: Make, device: str, wrap: Wrap = with_frame_swap) -> list[Region]:
+    """Compare eager and compiled twins while the pair serves, when compiled code is ready, and when it is in.
+
+    Returns the regions, at least one, each on compiled code.
+    """
+    frame_swap.configure(when="manual")
+    twins = [Twins(make, device, wrap) for make in makes]
+    for each in twins:
+        each.check("before")
+    wait_for_all()
+    for each in twins:
+        each.check("during")
+    regions = swap_all()
+    pair_calls = [r.pair_calls for r in regions]
+    assert all(pair_calls), "some graph was not called on its pair"
+    for each in twins:
+        each.check("after")
+        each.check("long after")
+    assert frame_swap.report().regions == regions, "the swap made Dynamo compile again"
+    assert [r.pair_calls for r in regions] == pair_calls, "a pair was called after the swap"
+    return regions
+
+
+def _uneven(output: Tensor) -> Tensor:
+    """A gradient that differs from element to element, so that mixed-up elements show."""
+    weights = torch.linspace(0.5, 1.5, output.numel(), device=output.device)
+    return weights.to(output.dtype).reshape(output.shape)
+
+
+def _aliases(outputs: Any, args: Any) -> list[tuple[int, int, int]]:
+    """For each tensor: which one it is, whose memory it shares, and from where on."""
+    tensors = [t for t in tensors_in((outputs, args)) if t.layout is torch.strided]
+    objects = [id(t) for t in tensors]
+    memories = [t.untyped_storage().data_ptr() for t in tensors]
+    return [
+        (objects.index(id(t)), memories.index(memory), t.storage_offset())
+        for t, memory in zip(tensors, memories, strict=True)
+    ]
