@@ -37,7 +37,7 @@ try:
     from torch._dynamo.exc import TorchDynamoException
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.types import FrameAction, FrameExecStrategy  # type: ignore[attr-defined]
-    from torch._dynamo.utils import CleanupManager, orig_code_map
+    from torch._dynamo.utils import CleanupManager, get_metrics_context, orig_code_map
     from torch._guards import (
         CompileContext,
         CompileId,
@@ -152,6 +152,11 @@ def adopt_code(old: CodeType, new: CodeType) -> None:
     if old in CleanupManager.instance:
         CleanupManager.instance[new] = CleanupManager.instance[old]
         CleanupManager.instance[old] = []
+    # A resume function compiles while its caller's frame is on the stack, and Dynamo's metrics keep a traceback
+    # of that, with the caller's generated code, for an error message within the same compile.
+    metrics = get_metrics_context()
+    if not metrics.in_progress():
+        metrics._edits.clear()
 
 
 class FrameShapes:

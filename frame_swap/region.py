@@ -214,6 +214,7 @@ class Trampoline:
             if install is not None:
                 with self._region.timed("install_s"):
                     self._compiled, remark = install()
+                self.pair = self._compiled  # whatever still holds this trampoline need not hold the pair
                 self._region.installed_at = time.time()
                 self._region.settle(State.INSTALLED, remark)
         except FrameGone:
