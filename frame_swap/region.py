@@ -58,7 +58,7 @@ class Region:
         artifact_bytes: size of what the worker sent back.
         late_guards: conditions on shapes that the compile added, checked before compiled code is called.
         worker_pid: the process that compiled it.
-        captured_at, installed_at: seconds since the epoch, when its capture began and its install ended.
+        installed_at: seconds since the epoch, when its install ended.
         compile_span: seconds since the epoch, when its compile began and ended.
     """
 
@@ -77,7 +77,6 @@ class Region:
         self.late_guards: tuple[str, ...] = ()
         self.worker_pid: int | None = None
         self.compile_span: tuple[float, float] | None = None
-        self.captured_at = time.time()
         self.installed_at: float | None = None
         self.cancel: Callable[[], None] = lambda: None
         self._trampoline: weakref.ref[Trampoline] | None = None

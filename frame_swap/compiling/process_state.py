@@ -41,7 +41,6 @@ class ProcessState:
     fill_uninitialized_memory: bool
     matmul_precision: str
     default_dtype: torch.dtype
-    threads: int
     flags: tuple[bool, ...]
     attention: tuple[bool, ...]
     configs: dict[str, dict[str, Any]]
@@ -73,7 +72,6 @@ class ProcessState:
             fill_uninitialized_memory=bool(_deterministic.fill_uninitialized_memory),
             matmul_precision=torch.get_float32_matmul_precision(),
             default_dtype=torch.get_default_dtype(),
-            threads=torch.get_num_threads(),
             flags=tuple(bool(getattr(owner, name)) for owner, name in _FLAGS),
             attention=tuple(getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _ATTENTION),
             configs=configs,

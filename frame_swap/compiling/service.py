@@ -177,10 +177,12 @@ class Service:
         future.add_done_callback(done)
 
     def _done(self, job: Job, future: Future[Outcome]) -> None:
-        if future.cancelled():
-            return
-        error = future.exception()
-        outcome = future.result() if error is None else _failed(f"the worker was lost: {_line(error)}")
+        if future.cancelled():  # by `Job.cancel`, and then nobody listens; or by the user's executor
+            outcome = _failed("the executor cancelled it")
+        elif (error := future.exception()) is not None:
+            outcome = _failed(f"the worker was lost: {_line(error)}")
+        else:
+            outcome = future.result()
         if job._delay > 0:
             job._hold = threading.Timer(job._delay, self._finish, (job, outcome))
             job._hold.daemon = True
