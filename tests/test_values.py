@@ -42,7 +42,10 @@ def case(make: Make) -> Make:
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
-def test_equals_eager(make: Make, device: str) -> None:
+def test_equals_eager(make: Make, device: str, request: pytest.FixtureRequest) -> None:
+    if make is autocast_inside and device == "cuda":
+        reason = "Inductor pads a bfloat16 matmul there, and asks of its output's strides only their order"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     through_swap(make, device=device)
 
 

@@ -31,7 +31,8 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> Calla
     PyTorch's own `deserialize_bundled_cache_entry` does the same and copies the entry to be able to serialise
     it again, which we never do.
     """
-    with internals.compile_lock, state.applied_to_thread(), internals.inductor_config.patch(options):
+    config = internals.inductor_config.patch({**state.configs["inductor"], **options})
+    with internals.compile_lock, state.applied_to_thread(), config:
         from torch._inductor.cudagraph_utils import BoxedDeviceIndex
         from torch._inductor.utils import BoxedBool
 
