@@ -10,6 +10,7 @@ import contextlib
 import statistics
 import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -309,6 +310,7 @@ def _display(progress: Progress) -> Iterator[Callable[[], None]]:
 
 def run(seconds: float, device: str | None = None) -> None:
     """Train until some seconds after the swap, for at most `seconds`, and print what was seen."""
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nothing here needs it
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = CharTransformer().to(device)
