@@ -112,6 +112,12 @@ def autocast_around_the_call(compiled: Wrap) -> Subject:
 
 
 @case
+def convolution_whose_layout_depends_on_the_number_of_threads(compiled: Wrap) -> Subject:
+    model = nn.Conv3d(3, 3, 1).to(memory_format=torch.channels_last_3d)
+    return Subject(compiled(model), [lambda: (torch.randn(6, 3, 8, 8, 8),)], model)
+
+
+@case
 def autocast_inside(compiled: Wrap) -> Subject:
     def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16):

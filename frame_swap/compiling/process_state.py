@@ -41,6 +41,7 @@ class ProcessState:
     fill_uninitialized_memory: bool
     matmul_precision: str
     default_dtype: torch.dtype
+    threads: int
     flags: tuple[bool, ...]
     attention: tuple[bool, ...]
     configs: dict[str, dict[str, Any]]
@@ -50,10 +51,7 @@ class ProcessState:
     def capture(cls, devices: set[str]) -> ProcessState:
         """The state of the calling thread; `devices` are the types of device whose autocast matters."""
         configs = internals.changed_configs()
-        # Thread counts belong to the worker; the generated code must use this process's.
-        configs["inductor"].pop("compile_threads", None)
-        if configs["inductor"].get("cpp.threads", -1) < 1:
-            configs["inductor"]["cpp.threads"] = torch.get_num_threads()
+        configs["inductor"].pop("compile_threads", None)  # how many compilers run at a time is the worker's matter
         if "cuda" in devices:
             # Otherwise the first compiled call would time each kernel's variants: 980 ms for BERT-base on an H200,
             # against 44 ms for a first call of kernels that the worker has tuned.
@@ -72,6 +70,7 @@ class ProcessState:
             fill_uninitialized_memory=bool(_deterministic.fill_uninitialized_memory),
             matmul_precision=torch.get_float32_matmul_precision(),
             default_dtype=torch.get_default_dtype(),
+            threads=torch.get_num_threads(),
             flags=tuple(bool(getattr(owner, name)) for owner, name in _FLAGS),
             attention=tuple(getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _ATTENTION),
             configs=configs,
@@ -97,6 +96,9 @@ class ProcessState:
         _deterministic.fill_uninitialized_memory = self.fill_uninitialized_memory
         torch.set_float32_matmul_precision(self.matmul_precision)
         torch.set_default_dtype(self.default_dtype)
+        # Generated loops are cut for so many threads, and a convolution's layout depends on whether there is
+        # more than one. Nothing that a compile runs is large enough to use them.
+        torch.set_num_threads(self.threads)
         for (owner, name), value in zip(_FLAGS, self.flags, strict=True):
             setattr(owner, name, value)
         for kind, value in zip(_ATTENTION, self.attention, strict=True):

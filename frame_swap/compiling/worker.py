@@ -61,7 +61,6 @@ def initialize(parent: int, niceness: int, compiler_threads: int) -> None:
     import torch._dynamo
     import torch._inductor.compile_fx
 
-    torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         # Inductor's progress bar makes a lock that outlives a killed worker, and the program is told of a leak.
         from tqdm import tqdm
