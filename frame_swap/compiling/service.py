@@ -162,6 +162,8 @@ class Service:
                     timeout=IDLE_SECONDS,
                     initializer=worker.initialize,
                     initargs=(os.getpid(), NICENESS, compilers),
+                    # Workers trace with the program's number of threads; those that wait must not spin.
+                    env={"OMP_WAIT_POLICY": "passive"},
                 )
                 self._pool_size = size
                 _stop_at_exit()
