@@ -16,26 +16,25 @@ import logging
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import sympy
 import torch
 
 import guards
 
 from . import internals, settings
 from .compiling import artifact, ship
-from .compiling.service import service
+from .compiling.service import Job, service
 from .compiling.worker import Outcome
-from .frames import FrameGone
+from .frames import FrameGone, codegen
 from .frames.cache_entry import UnknownLayout
-from .frames.call_site import CallSite, Indirect
+from .frames.call_site import CallSite
 from .frames.codegen import direct_call
 from .pair import trace_pair
-from .region import FrameSwapWarning, Install, Region, State, Trampoline
+from .region import FrameSwapWarning, Install, Region, Specialiser, State, Trampoline
 
 log = logging.getLogger(__name__)
-
-Boxed = Callable[[list[Any]], Any]
 
 
 def frame_swap_backend(
@@ -74,13 +73,13 @@ def frame_swap_backend(
             parcel = ship.pack(gm, example_inputs, changes, compile_id or None)
     except ship.Unshippable as error:
         return _compile_in_foreground(region, str(error), gm, example_inputs, changes)
+    shapes, limit = internals.FrameShapes(example_inputs), internals.recompile_limit()
+    shipment = _Shipment(region, parcel, changes, shapes, limit)
     if when == "never":
         region.settle(State.EAGER, 'when="never"')
     else:
-        load = functools.partial(artifact.load, state=parcel.state, options=changes)
-        arrived = functools.partial(_on_outcome, region, load, internals.FrameShapes(example_inputs))
         internals.prepare_cudagraphs(changes)
-        region.cancel = service.submit(parcel.data, arrived).cancel
+        job = _submit(shipment, deliver=when != "wait")
 
     # 3. Pair
     try:
@@ -97,18 +96,36 @@ def frame_swap_backend(
     trampoline = Trampoline(region, pair, when)
     if frame is not None and "backend_id" in gm.meta:
         trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline)
+    if when == "wait":
+        _on_outcome(shipment, job.wait(), frame_open=True)
     return trampoline
 
 
-def _on_outcome(
-    region: Region, load: Callable[[bytes], Boxed], shapes: internals.FrameShapes, outcome: Outcome
-) -> None:
-    """What a worker sent back has arrived, on the loader thread."""
+class _Shipment(NamedTuple):
+    """What it takes to compile a region's graph, and to compile it again for other sizes."""
+
+    region: Region
+    parcel: ship.Parcel
+    options: dict[str, Any]
+    shapes: internals.FrameShapes
+    limit: int  # of compiles for other sizes: as many as Dynamo's recompiles of a frame
+
+
+def _submit(shipment: _Shipment, sizes: dict[str, int] | None = None, *, deliver: bool = True) -> Job:
+    arrived = functools.partial(_on_outcome, shipment) if deliver else None
+    job = service.submit(shipment.parcel.data, arrived, sizes)
+    shipment.region.cancel = job.cancel
+    return job
+
+
+def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = False) -> None:
+    """What a worker sent back has arrived: on the loader thread, or on the user's where Dynamo waits for it."""
     # 5. Compile
+    region = shipment.region
     region.record_compile(outcome.submitted, outcome.started, outcome.finished, outcome.pid)
     if outcome.artifact is None:
         log.info("frame-swap: compile of %s failed\n%s", region, outcome.details)
-        region.fail(f"its compile failed: {outcome.error}")
+        _give_up(region, f"its compile failed: {outcome.error}")
         return
     region.artifact_bytes = len(outcome.artifact)
 
@@ -120,44 +137,75 @@ def _on_outcome(
             return
         try:
             with region.timed("load_s"):
-                compiled = load(outcome.artifact)
-                late = guards.undecided(pickle.loads(outcome.late_guards), shapes.implies)
-                predicate = guards.source(late, {symbol: f"args[{at}]" for symbol, at in shapes.symbols.items()})
-                region.late_guards = tuple(map(str, late))
-                callee = direct_call(compiled, predicate, trampoline.pair)
-                install = _prepare_install(trampoline.site, callee)
+                compiled = artifact.load(outcome.artifact, shipment.parcel.state, shipment.options)
+                relations = pickle.loads(outcome.late_guards)
+                if frame_open:
+                    shipment.shapes.guard_on(relations)
+                condition = _late_condition(shipment, relations, trampoline)
+                callee = direct_call(compiled)
+                prepare = functools.partial(_prepare_install, trampoline.site, callee, condition)
+                # An open frame has no code yet that could be prepared.
+                install: Install = (lambda: prepare()()) if frame_open else prepare()
         except guards.Inexpressible as error:
-            region.fail(f"a late guard: {error}", State.REJECTED)
+            _give_up(region, f"a late guard: {error}", State.REJECTED)
         except FrameGone:
             region.abandon()
         except Exception as error:
             if service.stopped:  # imports fail then, and nobody wants to know
                 return
             log.info("frame-swap: loading %s failed", region, exc_info=True)
-            region.fail(f"loading its compiled code failed: {type(error).__name__}: {error}")
+            _give_up(region, f"loading its compiled code failed: {type(error).__name__}: {error}")
         else:
             trampoline.offer(install)
 
 
-def _prepare_install(site: CallSite | None, callee: Callable[..., Any]) -> Install:
+def _late_condition(
+    shipment: _Shipment, relations: list[sympy.Basic], trampoline: Trampoline
+) -> codegen.Condition | None:
+    """What must hold of a call's sizes beyond the frame's guards; calls for which it does not, ask for more."""
+    region, shapes = shipment.region, shipment.shapes
+    relations = guards.undecided(relations, shapes.implies)
+    if not relations:
+        return None
+    source = guards.source(relations, {symbol: symbol.name for symbol in shapes.symbols})
+    region.late_guards += (" and ".join(map(str, relations)),)
+    if trampoline.specialiser is None:
+        compile_for = functools.partial(_submit, shipment)
+        trampoline.specialiser = Specialiser(region, shapes.sizes, compile_for, shipment.limit)
+    used = set().union(*(relation.free_symbols for relation in relations))
+    return codegen.Condition(source, {s.name: at for s, at in shapes.symbols.items() if s in used})
+
+
+def _prepare_install(
+    site: CallSite | None, callee: Callable[..., Any], condition: codegen.Condition | None
+) -> Install:
     """Do off the user's thread what can be done there; the rest is for `install`, on the user's."""
     if site is None:
-        return lambda: (callee, "called outside of a Dynamo frame: a check remains on each call")
+        return lambda: (callee, condition, "called outside of a Dynamo frame: a check remains on each call")
     try:
-        code = site.rewritten(callee)
-    except Indirect as error:
+        code = site.rewritten(callee, condition)
+    except codegen.Indirect as error:
         remark = f"{error}: a check remains on each call"
-        return lambda: (callee, remark)
+        return lambda: (callee, condition, remark)
 
     # 7. Install
-    def install() -> tuple[Callable[..., Any], str]:
+    def install() -> tuple[Callable[..., Any], codegen.Condition | None, str]:
         try:
-            site.redirect(code, callee)
+            site.redirect(code)
         except UnknownLayout as error:
-            return callee, f"cache entries look unfamiliar ({error}): a check remains on each call"
-        return callee, ""
+            return callee, condition, f"cache entries look unfamiliar ({error}): a check remains on each call"
+        if condition is None:
+            site.rebind(callee)
+        return callee, condition, ""
 
     return install
+
+
+def _give_up(region: Region, reason: str, state: State = State.FAILED) -> None:
+    """Compiled code will not come; calls of other sizes than these may ask for more."""
+    region.fail(reason, state)
+    if (trampoline := region.trampoline) is not None and trampoline.specialiser is not None:
+        trampoline.specialiser.resume()
 
 
 def _compile_in_foreground(

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any, NamedTuple, cast
 
@@ -35,6 +36,7 @@ try:
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._dynamo.convert_frame import compile_lock, output_codes, register_bytecode_hook
     from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.source import TensorPropertySource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.types import FrameAction, FrameExecStrategy  # type: ignore[attr-defined]
     from torch._dynamo.utils import CleanupManager, get_metrics_context, orig_code_map
@@ -53,8 +55,10 @@ try:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx._graph_pickler import GraphPickler
     from torch.fx._graph_pickler import Options as GraphPicklerOptions
+    from torch.fx.experimental.sym_node import SymNode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+    from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 except (
     ImportError,
     AttributeError,
@@ -73,6 +77,7 @@ __all__ = [
     "GraphPickler",
     "GraphPicklerOptions",
     "ShapeEnv",
+    "SymNode",
     "TorchDynamoException",
     "TracingContext",
     "adopt_code",
@@ -83,7 +88,6 @@ __all__ = [
     "changed_configs",
     "compile_context",
     "compile_lock",
-    "compiling_on_this_thread",
     "detect_fake_mode",
     "functorch_config",
     "inductor_config",
@@ -91,6 +95,7 @@ __all__ = [
     "is_triton_kernel",
     "patch_configs",
     "prepare_cudagraphs",
+    "recompile_limit",
     "register_bytecode_hook",
     "skip_frames",
     "stock_inductor",
@@ -130,10 +135,9 @@ def captured_frame() -> CapturedFrame | None:
     return CapturedFrame(code, root.f_globals)
 
 
-def compiling_on_this_thread() -> bool:
-    """Whether this thread holds Dynamo's compile lock."""
-    held: bool = compile_lock._is_owned()  # type: ignore[attr-defined]
-    return held
+def recompile_limit() -> int:
+    """How many times Dynamo would compile one frame."""
+    return int(torch._dynamo.config.recompile_limit)
 
 
 def skip_frames(code: CodeType) -> None:
@@ -175,12 +179,40 @@ class FrameShapes:
                 if isinstance(value.node.expr, sympy.Symbol):
                     self.symbols.setdefault(value.node.expr, at)
 
+    def guard_on(self, relations: Iterable[sympy.Basic]) -> None:
+        """Have Dynamo check `relations`, which hold now, with the frame's own guards; while it still traces it."""
+        for relation in relations:
+            self._shape_env.evaluate_expr(relation)
+
+    def sizes(self, args: Sequence[Any]) -> dict[str, int]:
+        """What the symbols stand for in a call with the graph's inputs `args`, by their names."""
+        return {symbol.name: int(args[at]) for symbol, at in self.symbols.items()}
+
     def implies(self, relation: sympy.Basic) -> bool | None:
         """True where the frame's own guards make `relation` hold, False where they rule it out."""
         if self._shape_env is None:
             return None
-        known = self._shape_env._maybe_evaluate_static(relation)
+        try:
+            known = self._shape_env._maybe_evaluate_static(relation)
+            if known is None:
+                values = bound_sympy(relation, self._ranges(relation.free_symbols))
+                known = values.lower if values.is_singleton() else None
+        except KeyError:  # a function whose range is not known
+            return None
         return None if known is None else bool(known)
+
+    def _ranges(self, symbols: Iterable[sympy.Symbol]) -> dict[sympy.Symbol, Any]:
+        """What values `symbols` take. No tensor has a dimension of `sys.maxsize`, which Dynamo leaves open and
+        which slices without an end compare sizes with.
+        """
+        env = self._shape_env
+        ranges = {symbol: env.var_to_range[symbol] for symbol in symbols}
+        return {
+            symbol: known & ValueRanges(known.lower, sys.maxsize - 1)
+            if any(isinstance(source, TensorPropertySource) for source in env.var_to_sources.get(symbol, ()))
+            else known
+            for symbol, known in ranges.items()
+        }
 
 
 def is_triton_kernel(target: object) -> bool:

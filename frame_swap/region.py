@@ -1,10 +1,12 @@
 """One region: a captured graph, what has happened to it, and what serves its calls.
 
 Guarantees:
-- A call through a trampoline is served: by the pair until compiled code is installed, by compiled code then.
-  It waits only where `when="wait"` asked for it, and raises only what the graph itself raises.
+- A call through a trampoline is served: by the pair until compiled code is installed, by compiled code that
+  fits it then, and by the pair again where none fits. It never waits, and raises only what the graph itself
+  raises.
 - A region is settled once: its state changes away from PENDING once, and from READY at most once more.
-- Compiled code is installed once, by the first thread to arrive; others go on with the pair meanwhile.
+- Compiled code is installed once, by the first thread to arrive; others go on with the pair meanwhile. More of
+  it, for calls that the first does not fit, is asked for one at a time.
 - When the code object that calls a trampoline goes, the trampoline goes, and with it pair, compiled code and
   the job; a region that was not settled then is STALE. The region itself stays for the report.
 """
@@ -17,14 +19,15 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import Any
 
-from . import internals, settings
+from . import settings
 from .frames import FrameGone
 from .frames.call_site import CallSite
+from .frames.codegen import Condition, predicate
 
 
 class State(enum.StrEnum):
@@ -56,7 +59,10 @@ class Region:
             for a worker, compiling (in the worker), loading (on the loader thread), and installing (in a call).
             None until known.
         artifact_bytes: size of what the worker sent back.
-        late_guards: conditions on shapes that the compile added, checked before compiled code is called.
+        late_guards: conditions on shapes that compiles added, checked before compiled code is called; those of
+            one artifact in a row.
+        artifacts: how many are in place: more than one where a late guard made calls miss the first.
+        specialising: whether a compile for such calls is queued, under way or being loaded.
         worker_pid: the process that compiled it.
         installed_at: seconds since the epoch, when its install ended.
         compile_span: seconds since the epoch, when its compile began and ended.
@@ -75,6 +81,8 @@ class Region:
         self.install_s: float | None = None
         self.artifact_bytes: int | None = None
         self.late_guards: tuple[str, ...] = ()
+        self.artifacts = 0
+        self.specialising = False
         self.worker_pid: int | None = None
         self.compile_span: tuple[float, float] | None = None
         self.installed_at: float | None = None
@@ -85,6 +93,11 @@ class Region:
 
     def __repr__(self) -> str:
         return f"<Region {self.compile_id} {self.frame}: {self.state}>"
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a compile is queued, under way or being loaded."""
+        return self.state is State.PENDING or self.specialising
 
     @property
     def trampoline(self) -> Trampoline | None:
@@ -100,20 +113,38 @@ class Region:
             _changed.notify_all()
             return True
 
+    def begin_specialising(self) -> None:
+        """A compile for calls that no artifact fits is on its way."""
+        with _changed:
+            self.specialising = True
+
+    def end_specialising(self, remark: str = "") -> None:
+        """It has come, or will not come; `remark` says why."""
+        with _changed:
+            self.specialising = False
+            self.reason = remark or self.reason
+            _changed.notify_all()
+
     def fail(self, reason: str, state: State = State.FAILED) -> None:
         """The compiled code will not come: the pair stays, one warning says so."""
-        if not self.settle(state, reason, unless=_SETTLED):
+        calls = ""
+        if self.specialising:
+            calls = " for calls that its late guards turn away"
+            self.end_specialising(f"it stays on the pair{calls}: {reason}")
+        elif not self.settle(state, reason, unless=_SETTLED):
             return
         with suppress(Warning):  # a filter may turn it into an error, which must not reach anything
             warnings.warn(
-                f"frame-swap: {self.frame} stays on its eager pair: {reason} (frame_swap.report() has all of it)",
+                f"frame-swap: {self.frame} stays on its eager pair{calls}: {reason} "
+                "(frame_swap.report() has all of it)",
                 FrameSwapWarning,
                 stacklevel=2,
             )
 
     def abandon(self, reason: str = "the frame left Dynamo's cache") -> None:
         """Nobody will call what is being compiled."""
-        if self.settle(State.STALE, reason, unless=_SETTLED):
+        if self.specialising or self.settle(State.STALE, reason, unless=_SETTLED):
+            self.end_specialising()
             self.cancel()
 
     def record_compile(self, submitted: float, started: float, finished: float, pid: int) -> None:
@@ -131,8 +162,8 @@ class Region:
             setattr(self, column, time.perf_counter() - start)
 
 
-Install = Callable[[], tuple[Callable[..., Any], str]]
-"""Puts compiled code in place; returns it, and a remark for the report or ""."""
+Install = Callable[[], tuple[Callable[..., Any], Condition | None, str]]
+"""Puts compiled code in place; returns it, what must hold for calling it, and a remark for the report or ""."""
 
 _SETTLED = tuple(state for state in State if state not in (State.PENDING, State.READY))
 
@@ -154,6 +185,7 @@ def after_fork_in_child() -> None:
     _changed = threading.Condition(threading.RLock())
     for region in _regions:
         region.settle(State.FAILED, "the process was forked while this was compiling", unless=_NOT_PENDING)
+        region.specialising = False
 
 
 if hasattr(os, "register_at_fork"):
@@ -161,13 +193,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def wait_until_settled(timeout: float | None = None) -> bool:
-    """Block until no region is pending; False when `timeout` seconds passed first."""
+    """Block until no compile is awaited; False when `timeout` seconds passed first."""
     with _changed:
-        return _changed.wait_for(lambda: all(r.state is not State.PENDING for r in _regions), timeout)
+        return _changed.wait_for(lambda: not any(r.awaited for r in _regions), timeout)
 
 
 class Trampoline:
-    """What a frame calls until compiled code is in; and after that, where the frame cannot be rewritten.
+    """What a frame calls until compiled code is in; and after that, where no artifact fits the call or the frame
+    cannot be rewritten.
 
     Args:
         region: whose calls these are.
@@ -176,33 +209,47 @@ class Trampoline:
 
     Attributes:
         site: where the frame calls this, None where no frame does.
+        specialiser: told of each call that no artifact fits; None while there is no late guard.
     """
 
     def __init__(self, region: Region, pair: Callable[..., Any], when: settings.When) -> None:
         self._region = region
         self.pair: Callable[..., Any] = pair
         self.site: CallSite | None = None
-        self._compiled: Callable[..., Any] | None = None
+        self.specialiser: Specialiser | None = None
+        self._compiled: Callable[..., Any] | None = None  # fits every call
+        self._artifacts: tuple[tuple[Callable[..., bool], Callable[..., Any]], ...] = ()  # fit some
         self._ready: Install | None = None
         self._when = when
-        self._attention = when == "wait"
+        self._attention = False
         self._installing = threading.Lock()
         region._trampoline = weakref.ref(self)
         weakref.finalize(self, region.abandon).atexit = False
 
     def __call__(self, *args: Any) -> Any:
         if self._attention:
-            self._attend()
+            self.install()
         if self._compiled is not None:
             return self._compiled(*args)
+        for fits, compiled in self._artifacts:
+            if fits(*args):
+                return compiled(*args)
         self._region.pair_calls += 1
+        if self.specialiser is not None:
+            self.specialiser.ask(args)
         return self.pair(*args)
 
+    @property
+    def offered(self) -> bool:
+        """Whether compiled code waits to be installed."""
+        return self._ready is not None
+
     def offer(self, install: Install) -> None:
-        """Compiled code is loaded: `install` puts it in place, on a user's thread, and returns it."""
+        """Compiled code is loaded: `install` puts it in place, on a user's thread."""
         self._ready = install
-        if self._region.settle(State.READY, unless=_SETTLED) and self._when != "manual":
-            self._attention = True
+        self._attention = self._when != "manual"
+        self._region.settle(State.READY, unless=_SETTLED)
+        self._region.end_specialising()
 
     def install(self) -> None:
         """Install what was offered, if anything was. Where that fails, the pair stays."""
@@ -212,9 +259,10 @@ class Trampoline:
             install, self._ready, self._attention = self._ready, None, False
             if install is not None:
                 with self._region.timed("install_s"):
-                    self._compiled, remark = install()
-                self.pair = self._compiled  # whatever still holds this trampoline need not hold the pair
+                    callee, condition, remark = install()
+                self._serve(callee, condition)
                 self._region.installed_at = time.time()
+                self._region.artifacts += 1
                 self._region.settle(State.INSTALLED, remark)
         except FrameGone:
             self._region.abandon()
@@ -228,12 +276,56 @@ class Trampoline:
         if self._when != "manual":
             self.install()
 
-    def _attend(self) -> None:
-        region = self._region
-        if region.state is State.PENDING:
-            if internals.compiling_on_this_thread():  # the loader needs the lock that this thread holds
-                return
-            with _changed:
-                _changed.wait_for(lambda: region.state is not State.PENDING)
-        self.install()
-        self._attention = False
+    def _serve(self, callee: Callable[..., Any], condition: Condition | None) -> None:
+        """Compiled code is in place; calls that still arrive here get to it in this way."""
+        if condition is None:
+            self._compiled = self.pair = callee  # whatever still holds this trampoline need not hold the pair
+            self.specialiser = None
+        else:
+            self._artifacts += ((predicate(condition), callee),)
+            if self.specialiser is not None:
+                self.specialiser.resume()
+
+
+class Specialiser:
+    """Asks for compiled code that fits a call which all there is turns away: one compile at a time, and no more
+    in all than the frame could have had recompiles.
+
+    Args:
+        region: whose calls these are.
+        sizes: what the symbols of the graph's shapes stand for in a call, by their names.
+        compile: begins a compile for such sizes.
+        limit: the most compiles.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        sizes: Callable[[Sequence[Any]], dict[str, int]],
+        compile: Callable[[dict[str, int]], object],
+        limit: int,
+    ) -> None:
+        self._region = region
+        self._sizes = sizes
+        self._compile = compile
+        self._left = limit
+        self._asked: list[dict[str, int]] = []
+        self._busy = threading.Lock()  # held from when a compile is asked for until its result is in place
+        self._busy.acquire()
+
+    def ask(self, args: Sequence[Any]) -> None:
+        """A call with the graph's inputs `args` was turned away."""
+        if not self._busy.acquire(blocking=False):
+            return
+        sizes = self._sizes(args)
+        if sizes in self._asked or not self._left:
+            self._busy.release()
+            return
+        self._asked.append(sizes)
+        self._left -= 1
+        self._region.begin_specialising()
+        self._compile(sizes)
+
+    def resume(self) -> None:
+        """The artifact that was asked for is in place, or will not come."""
+        self._busy.release()

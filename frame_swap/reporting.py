@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from .region import Region, State, regions, wait_until_settled
+from .region import Region, State, Trampoline, regions, wait_until_settled
 
 _COLUMNS = (
     "frame",
@@ -26,6 +26,7 @@ _COLUMNS = (
     "install_s",
     "artifact_bytes",
     "late_guards",
+    "artifacts",
     "worker_pid",
 )
 
@@ -90,9 +91,8 @@ def report() -> Report:
 
 def swap() -> Report:
     """Install all compiled code that is ready, on the calling thread; returns the report. For when="manual"."""
-    for region in regions():
-        if region.state is State.READY and (trampoline := region.trampoline) is not None:
-            trampoline.install()
+    for trampoline in _offered():
+        trampoline.install()
     return report()
 
 
@@ -102,10 +102,14 @@ def wait(timeout: float | None = None) -> Report:
     Returns the report; rows that are still pending when the time is up say so.
     """
     wait_until_settled(timeout)
-    for region in regions():
-        if region.state is State.READY and (trampoline := region.trampoline) is not None:
-            trampoline.install_unless_manual()
+    for trampoline in _offered():
+        trampoline.install_unless_manual()
     return report()
+
+
+def _offered() -> list[Trampoline]:
+    trampolines = (region.trampoline for region in regions())
+    return [trampoline for trampoline in trampolines if trampoline is not None and trampoline.offered]
 
 
 def _short(frame: str) -> str:

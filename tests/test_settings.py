@@ -81,7 +81,7 @@ def test_an_unknown_mode_or_option_is_an_error_that_names_the_nearest(
 def test_mode_and_options_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     parcels = []
     submit = backend.service.submit
-    monkeypatch.setattr(backend.service, "submit", lambda parcel, d: parcels.append(parcel) or submit(parcel, d))
+    monkeypatch.setattr(backend.service, "submit", lambda parcel, *a: parcels.append(parcel) or submit(parcel, *a))
     torch.compile(lambda x: x.sin() + 2, backend="frame_swap", mode="max-autotune-no-cudagraphs", options=None)(
         torch.randn(3)
     )
@@ -176,7 +176,7 @@ def test_the_report_is_a_table_and_json() -> None:
     report = frame_swap.wait()
     (row,) = json.loads(json.dumps(report.as_dict()))["regions"]
     columns = "frame compile_id state reason pair_calls ship_s queue_s compile_s load_s install_s"
-    assert set(row) == {*columns.split(), "artifact_bytes", "late_guards", "worker_pid"}
+    assert set(row) == {*columns.split(), "artifact_bytes", "late_guards", "artifacts", "worker_pid"}
     assert row["state"] == "installed"
     assert row["compile_s"] > 0
     assert row["artifact_bytes"] > 1000

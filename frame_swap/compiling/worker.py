@@ -107,20 +107,24 @@ def _end_with(parent: int) -> None:
     os._exit(0)
 
 
-def compile_graph(parcel: bytes, submitted: float) -> Outcome:
-    """Run all of Inductor's `compile_fx` on a parcel of `ship.pack`."""
+def compile_graph(parcel: bytes, sizes: dict[str, int], submitted: float) -> Outcome:
+    """Run all of Inductor's `compile_fx` on a parcel of `ship.pack`.
+
+    Args:
+        sizes: what symbols in the graph's shapes stand for, by name; those not in it, as it was traced.
+    """
     started = time.time()
     artifact, guards, error, details = None, b"", "", ""
     _allow_caches()
     try:
-        artifact, guards = _compile(parcel)
+        artifact, guards = _compile(parcel, sizes)
     except BaseException as failure:
         error = f"{type(failure).__name__}: {str(failure).strip()}".partition("\n")[0]
         details = traceback.format_exc()
     return Outcome(artifact, guards, error, details, submitted, started, time.time(), os.getpid())
 
 
-def _compile(parcel: bytes) -> tuple[bytes, bytes]:
+def _compile(parcel: bytes, sizes: dict[str, int]) -> tuple[bytes, bytes]:
     from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializer
 
     from .. import internals
@@ -130,7 +134,7 @@ def _compile(parcel: bytes) -> tuple[bytes, bytes]:
     # The lock is free in a worker; in an executor of threads it keeps Dynamo out while configs are patched.
     with internals.compile_lock, state.applied_to_process():
         _forget_other_cache_directory()
-        gm, inputs, fake_mode = ship.unpack_graph(graph)
+        gm, inputs, fake_mode = ship.unpack_graph(graph, sizes)
         shapes = fake_mode.shape_env
         known = len(shapes.guards)
         context = internals.CompileContext(internals.CompileId.from_string(compile_id))

@@ -19,10 +19,7 @@ from typing import Any
 
 from .. import internals
 from . import FrameGone, cache_entry, codegen
-
-
-class Indirect(Exception):
-    """The frame does not call the graph itself, so it cannot be rewritten; the message says why."""
+from .codegen import Condition, Indirect
 
 
 class CallSite:
@@ -45,17 +42,21 @@ class CallSite:
         internals.skip_frames(type(callee).__call__.__code__)
         _install_hook()
 
-    def rewritten(self, callee: Any) -> CodeType:
-        """The frame's code, calling `callee` instead. Takes milliseconds; any thread may do it.
+    def rewritten(self, callee: Any, condition: Condition | None = None) -> CodeType:
+        """The frame's code, calling `callee` instead, or only where `condition` holds.
+
+        Takes milliseconds; any thread may do it.
 
         Raises:
             FrameGone, Indirect.
         """
         _, generated = self._codes()
-        return codegen.call_instead(generated, self._callee(), callee)
+        if condition is None:
+            return codegen.call_instead(generated, self._callee(), callee)
+        return codegen.call_if(generated, condition, self._callee(), callee)
 
-    def redirect(self, code: CodeType, callee: Any) -> None:
-        """Put `code`, from `rewritten`, and its callee in place of what is there.
+    def redirect(self, code: CodeType) -> None:
+        """Put `code`, from `rewritten`, in place of what is there.
 
         Raises:
             FrameGone, UnknownLayout: nothing has changed.
@@ -66,7 +67,6 @@ class CallSite:
             raise FrameGone
         cache_entry.replace_code(entry, code)
         self._generated = weakref.ref(code)
-        self.rebind(callee)
 
     def rebind(self, callee: Any) -> None:
         """Point the global at `callee`: frees what it held, and serves code that calls it by name."""

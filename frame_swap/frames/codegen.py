@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Callable, Mapping
 from types import CodeType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from bytecode import Bytecode, Instr
+from bytecode import Bytecode, Instr, Label
 
 from .. import internals
+
+
+class Indirect(Exception):
+    """The frame does not call the graph as Dynamo's code does, so it cannot be rewritten; the message says how."""
+
+
+class Condition(NamedTuple):
+    """What must hold of a graph's inputs for compiled code to be called.
+
+    Attributes:
+        source: a Python expression over names of integers.
+        inputs: for each name, which of the graph's inputs it is.
+    """
+
+    source: str
+    inputs: Mapping[str, int]
 
 
 def call_constants(code: CodeType, callees: Mapping[str, object]) -> CodeType:
@@ -38,42 +55,121 @@ def call_instead(code: CodeType, old: object, new: object) -> CodeType:
     )
 
 
+def call_if(code: CodeType, condition: Condition, old: object, new: object) -> CodeType:
+    """`code` with `new` called in place of the constant `old` where `condition` holds; decided inline, each time.
+
+    May be used again on its own result: of conditions that hold, the first one added decides.
+
+    Raises:
+        Indirect: what is called with what cannot be told from the code.
+    """
+    instructions = Bytecode.from_code(code)
+    for at in reversed(_find(instructions, lambda i: i.name == "LOAD_CONST" and i.arg is old)):
+        ready, arguments = _ready_for_call(instructions, at)
+        instructions[ready:ready] = _change_callee_if(condition, new, arguments)
+    return instructions.to_code()
+
+
+# What stands at a call, above its callee: Python 3.13 turned the order of callable and NULL around. And 3.11 has
+# an instruction more, right before the call.
+_NULL_ABOVE = 1 if sys.version_info >= (3, 13) else 0
+_CALL = "PRECALL" if sys.version_info < (3, 12) else "CALL"
+_LOCALS = "frame_swap:"  # no identifier begins so: no local of the frame's has such a name
+
+
+def _ready_for_call(instructions: Bytecode, at: int) -> tuple[int, int]:
+    """Where what the instruction at `at` pushes is about to be called, with all its arguments pushed; and how many.
+
+    That is its call, or the first of the conditions that stand before it already.
+    """
+    above = 0  # how much is on the stack above the callee
+    above_at: dict[Label, int] = {}  # where code so far jumps to
+    for position, instruction in enumerate(instructions[at + 1 :], at + 1):
+        if isinstance(instruction, Label):
+            above = above_at.get(instruction, above)
+        if not isinstance(instruction, Instr):
+            continue
+        arguments = above - _NULL_ABOVE
+        if instruction.name == _CALL and instruction.arg == arguments:
+            return position, arguments
+        if instruction.name == "STORE_FAST" and str(instruction.arg).startswith(_LOCALS):
+            return position - 1, arguments - 1  # a copy of an argument is pushed right before it
+        if isinstance(instruction.arg, Label):
+            above_at[instruction.arg] = above + instruction.stack_effect(jump=True)
+        above += instruction.stack_effect(jump=False)
+        if above < 0:
+            break
+    raise Indirect("it calls the graph in a way that is not Dynamo's")
+
+
+def _change_callee_if(condition: Condition, new: object, arguments: int) -> list[Instr | Label]:
+    """To stand right before a call: what is called becomes `new` where `condition` holds."""
+    names = {name: f"{_LOCALS}{name}" for name in condition.inputs}
+    unchanged = Label()
+    copies = [
+        instruction
+        for name, which in condition.inputs.items()
+        for instruction in (Instr("COPY", arguments - which), Instr("STORE_FAST", names[name]))
+    ]
+    jump = "POP_JUMP_FORWARD_IF_FALSE" if sys.version_info < (3, 12) else "POP_JUMP_IF_FALSE"
+    return [
+        *copies,
+        *_expression(condition.source, names),
+        Instr(jump, unchanged),
+        Instr("LOAD_CONST", new),
+        Instr("SWAP", arguments + _NULL_ABOVE + 2),
+        Instr("POP_TOP"),
+        unchanged,
+    ]
+
+
+def _expression(source: str, variables: Mapping[str, str]) -> list[Instr | Label]:
+    """Instructions that push a bool: the value of `source` over local `variables` and builtin functions."""
+    end = Label()
+    instructions: list[Instr | Label] = []
+    for instruction in Bytecode.from_code(compile(source, "<frame-swap>", "eval")):
+        match instruction:
+            case Instr(name="RESUME"):
+                pass
+            case Instr(name="LOAD_NAME", arg=str(name)) if name in variables:
+                instructions.append(Instr("LOAD_FAST", variables[name]))
+            case Instr(name="LOAD_NAME", arg=str(name)):
+                instructions.append(Instr("LOAD_CONST", getattr(builtins, name)))
+            case Instr(name="RETURN_VALUE"):
+                instructions.append(Instr("JUMP_FORWARD", end))
+            case Instr() | Label():
+                instructions.append(instruction)
+    instructions[-1] = end  # instead of a jump to it
+    return instructions
+
+
 def _replace(code: CodeType, matches: Callable[[Instr], bool], load: Callable[[Instr], list[Instr]]) -> CodeType:
     instructions = Bytecode.from_code(code)
-    found = [at for at, i in enumerate(instructions) if isinstance(i, Instr) and matches(i)]
-    for at in reversed(found):
+    for at in reversed(_find(instructions, matches)):
         instructions[at : at + 1] = load(cast(Instr, instructions[at]))
     return instructions.to_code()
 
 
-_DIRECT = """\
-def compiled_graph(*args):
-    return compiled(list(args))
-"""
-_GUARDED = """\
-def compiled_graph(*args):
-    if {predicate}:
-        return compiled(list(args))
-    return pair(*args)
-"""
+def _find(instructions: Bytecode, matches: Callable[[Instr], bool]) -> list[int]:
+    return [at for at, i in enumerate(instructions) if isinstance(i, Instr) and matches(i)]
 
 
-def direct_call(
-    compiled: Callable[[list[Any]], Any], predicate: str = "True", pair: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+def direct_call(compiled: Callable[[list[Any]], Any]) -> Callable[..., Any]:
     """A function that takes the graph's inputs and calls `compiled`, which takes them as one list.
-
-    Args:
-        predicate: Python expression over `args`, the tuple of inputs; where it is false, `pair` serves the call.
 
     Each has a code object of its own, which Dynamo is told not to trace, nor anything below it.
     """
-    scope: dict[str, Any] = {"compiled": compiled}
-    source = _DIRECT
-    if predicate != "True":
-        scope["pair"] = pair
-        source = _GUARDED.format(predicate=predicate)
+    return _function("def compiled_graph(*args):\n    return compiled(list(args))\n", compiled=compiled)
+
+
+def predicate(condition: Condition) -> Callable[..., bool]:
+    """A function of the graph's inputs that says whether `condition` holds: for where it cannot stand inline."""
+    inputs = "".join(f"    {name} = args[{which}]\n" for name, which in condition.inputs.items())
+    return _function(f"def fits(*args):\n{inputs}    return {condition.source}\n")
+
+
+def _function(source: str, **scope: Any) -> Callable[..., Any]:
     exec(compile(source, "<frame-swap>", "exec"), scope)
-    function: Callable[..., Any] = scope["compiled_graph"]
+    _, function = scope.popitem()
     internals.skip_frames(function.__code__)
-    return function
+    return cast("Callable[..., Any]", function)

@@ -1,0 +1,236 @@
+"""What a compile learns of sizes after Dynamo has closed the frame's guards: checked in the rewritten code."""
+
+from __future__ import annotations
+
+import dis
+import itertools
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from helpers import assert_same, observe
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import adaptive_avg_pool2d
+
+import frame_swap
+from frame_swap import FrameSwapWarning, Region, State, backend, internals
+from frame_swap.compiling import worker
+
+Function = Callable[[Tensor], Any]
+
+
+def pool(x: Tensor) -> Tensor:
+    """Inductor compiles it for one size of `x` only: an artifact each."""
+    return adaptive_avg_pool2d(x.sin(), 2)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Inductor compiles its long rows otherwise than its short ones."""
+    return torch.cat([x, x[:, 1:]], 1).softmax(1)
+
+
+def images(n: int) -> Tensor:
+    return torch.randn(1, n, n, requires_grad=True)
+
+
+def rows(n: int) -> Tensor:
+    return torch.randn(3, n, requires_grad=True)
+
+
+@pytest.fixture(autouse=True)
+def by_hand() -> None:
+    frame_swap.configure(when="manual")
+
+
+def compiled(function: Function, **options: Any) -> Function:
+    return torch.compile(function, backend="frame_swap", dynamic=True, **options)
+
+
+def check(function: Function, compiled: Function, make: Callable[[int], Tensor], *sizes: int) -> None:
+    for n in sizes:
+        x = make(n)
+        expected, actual = (observe(f, (x.detach().clone().requires_grad_(),)) for f in (function, compiled))
+        assert_same(actual, expected, f"size {n}")
+
+
+def swap() -> Region:
+    frame_swap.wait()
+    (region,) = frame_swap.swap().regions
+    return region
+
+
+@pytest.mark.parametrize("sizes", itertools.permutations((8, 9, 12)), ids=str)
+def test_each_size_gets_an_artifact_in_whatever_order_they_come(sizes: Sequence[int]) -> None:
+    function = compiled(pool)
+    check(pool, function, images, *sizes)  # before
+    region = swap()
+    for served, n in enumerate(sizes, 1):
+        check(pool, function, images, n)  # during: the first size is served, the others ask
+        assert swap().artifacts == served
+    calls = region.pair_calls
+    check(pool, function, images, *sizes, *sizes)  # after
+    assert region.pair_calls == calls
+    assert [guard.split()[-1] for guard in region.late_guards] == [f"{n})" for n in sizes]  # Eq(s53, 8)
+    assert (region.state, region.reason) == (State.INSTALLED, "")
+
+
+def test_an_artifact_serves_all_the_sizes_that_it_fits() -> None:
+    function = compiled(widen)
+    check(widen, function, rows, 6)
+    region = swap()
+    check(widen, function, rows, 3, 7, 2000)
+    assert region.pair_calls == 1
+    check(widen, function, rows, 3000)
+    assert (region.pair_calls, swap().artifacts) == (2, 2)
+    check(widen, function, rows, 4000, 3, 2000, 3000)
+    assert region.pair_calls == 2
+
+
+def test_the_predicate_is_inline_in_the_rewritten_code() -> None:
+    function = compiled(pool)
+    check(pool, function, images, 8)
+    assert _sizes_compared_with() == []
+    swap()
+    assert _sizes_compared_with() == [8]
+    check(pool, function, images, 9)
+    swap()
+    assert sorted(_sizes_compared_with()) == [8, 9]
+
+
+def _sizes_compared_with() -> list[int]:
+    (entry,) = internals.cache_entries(pool.__code__)
+    return [
+        instruction.argval
+        for loaded, instruction in itertools.pairwise(dis.get_instructions(entry.code))
+        if str(loaded.argval).startswith("frame_swap:") and loaded.opname == "LOAD_FAST"
+    ]
+
+
+def test_a_call_that_nothing_fits_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    submit = backend.service.submit
+    monkeypatch.setattr(backend.service, "submit", lambda *a: asked.append(a[2]) or submit(*a))
+    function = compiled(pool)
+    check(pool, function, images, 8)
+    swap()
+    check(pool, function, images, 9, 9, 10, 9)  # 10 has to wait for its turn
+    assert [sizes and list(sizes.values()) for sizes in asked] == [None, [9]]
+    swap()
+    check(pool, function, images, 10, 9, 8)
+    assert [sizes and list(sizes.values()) for sizes in asked] == [None, [9], [10]]
+
+
+def test_a_region_holds_a_bounded_number_of_artifacts() -> None:
+    function = compiled(pool)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for n in (8, 9, 10, 11, 12):
+            check(pool, function, images, n)
+            region = swap()
+    assert region.artifacts == 3
+    calls = region.pair_calls
+    check(pool, function, images, 8, 9, 10, 11, 12)
+    assert region.pair_calls == calls + 2
+
+
+def test_where_the_frame_cannot_be_rewritten_the_predicate_is_called() -> None:
+    def wrapping(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        inner = frame_swap.frame_swap_backend(gm, inputs)
+        return lambda *args: inner(*args)
+
+    function = torch.compile(pool, backend=wrapping, dynamic=True)
+    for n in (8, 9):
+        check(pool, function, images, n)
+        region = swap()
+    calls = region.pair_calls
+    check(pool, function, images, 8, 9, 9, 8)
+    assert (region.artifacts, region.pair_calls) == (2, calls)
+    check(pool, function, images, 10)
+    assert region.pair_calls == calls + 1
+
+
+def test_when_wait_late_guards_are_not_late() -> None:
+    """Dynamo recompiles for them as it does for stock Inductor."""
+    frames = {}
+    for name in ("inductor", "frame_swap"):
+        torch._dynamo.reset()
+        frame_swap.configure(when="wait")
+        counter = CompileCounterWithBackend(name)
+        function = torch.compile(pool, backend=counter, dynamic=True)
+        frames[name] = [(check(pool, function, images, n), counter.frame_count) for n in (8, 9, 8, 12)]
+    assert frames["frame_swap"] == frames["inductor"]
+    assert [r.artifacts for r in frame_swap.report().regions] == [1, 1, 1]
+    assert not any(r.late_guards or r.pair_calls for r in frame_swap.report().regions)
+
+
+class Tampering(ThreadPoolExecutor):
+    """Compiles in this process, and has something to say about the outcome."""
+
+    def __init__(self, tamper: Callable[[worker.Outcome], dict[str, Any]]) -> None:
+        super().__init__(1)
+        self._tamper = tamper
+
+    def submit(self, call: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:  # type: ignore[override]
+        def changed() -> worker.Outcome:
+            outcome = call(*args, **kwargs)
+            return worker.dataclasses.replace(outcome, **self._tamper(outcome))
+
+        return super().submit(changed)
+
+
+def test_a_guard_that_cannot_be_expressed_leaves_the_pair() -> None:
+    def add_guard(outcome: worker.Outcome) -> dict[str, Any]:
+        (known,) = pickle.loads(outcome.late_guards)
+        return {"late_guards": pickle.dumps([known, sympy.zeta(*known.free_symbols) > 2])}
+
+    frame_swap.configure(executor=Tampering(add_guard))
+    function = compiled(pool)
+    check(pool, function, images, 8)
+    with pytest.warns(FrameSwapWarning, match="late guard zeta"):
+        region = swap()
+    assert region.state is State.REJECTED
+    check(pool, function, images, 8, 9)
+    assert region.pair_calls == 3
+
+
+def test_when_no_other_artifact_can_be_had_the_first_goes_on() -> None:
+    outcomes: list[worker.Outcome] = []
+
+    def fail_the_second(outcome: worker.Outcome) -> dict[str, Any]:
+        outcomes.append(outcome)
+        return {"artifact": None, "error": "for the test"} if len(outcomes) == 2 else {}
+
+    frame_swap.configure(executor=Tampering(fail_the_second))
+    function = compiled(pool)
+    check(pool, function, images, 8)
+    region = swap()
+    with pytest.warns(FrameSwapWarning, match="late guards turn away: its compile failed: for the test"):
+        check(pool, function, images, 9)
+        swap()
+    assert region.state is State.INSTALLED
+    assert "for the test" in region.reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(pool, function, images, 8, 9, 10)  # 9 is not asked for again, 10 is
+        assert swap().artifacts == 2
+        calls = region.pair_calls
+        check(pool, function, images, 8, 10)
+    assert region.pair_calls == calls
+
+
+def test_a_frame_that_goes_while_it_asks_keeps_nobody_waiting() -> None:
+    function = compiled(pool)
+    check(pool, function, images, 8)
+    region = swap()
+    frame_swap.configure(delay=3600)
+    check(pool, function, images, 9)
+    assert region.specialising
+    torch._dynamo.reset()
+    assert not region.specialising
+    assert frame_swap.wait().regions == [region]
+    assert region.trampoline is None
