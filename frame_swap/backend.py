@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import pickle
@@ -23,7 +24,7 @@ import torch
 import guards
 
 from . import internals, settings
-from .compiling import artifact, ship
+from .compiling import artifact, echo, ship
 from .compiling.service import service
 from .compiling.worker import Outcome
 from .frames import FrameGone
@@ -84,7 +85,8 @@ def frame_swap_backend(
 
     # 3. Pair
     try:
-        pair = trace_pair(gm, example_inputs)
+        with echo.muted() if when != "never" else contextlib.nullcontext():
+            pair = trace_pair(gm, example_inputs)
     except internals.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
         region.abandon("Dynamo started the frame over")
         raise
@@ -106,6 +108,7 @@ def _on_outcome(
     """What a worker sent back has arrived, on the loader thread."""
     # 5. Compile
     region.record_compile(outcome.submitted, outcome.started, outcome.finished, outcome.pid)
+    echo.replay(outcome.echo, region.compile_id or None)
     if outcome.artifact is None:
         log.info("frame-swap: compile of %s failed\n%s", region, outcome.details)
         region.fail(f"its compile failed: {outcome.error}")
