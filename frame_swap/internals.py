@@ -58,7 +58,7 @@ try:
         triton_kernel_wrapper_mutation,
     )
     from torch._logging import structured
-    from torch._logging._internal import LogState, trace_log
+    from torch._logging._internal import LazyTraceHandler, LogState, trace_log
     from torch._logging._internal import getArtifactLogger as artifact_logger
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx._graph_pickler import GraphPickler
@@ -82,6 +82,7 @@ __all__ = [
     "FrameShapes",
     "GraphPickler",
     "GraphPicklerOptions",
+    "LazyTraceHandler",
     "LogState",
     "ShapeEnv",
     "TorchDynamoException",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -53,16 +53,18 @@ def listener() -> Iterator[Listener]:
         yield heard
 
 
-class listening:
-    def __enter__(self) -> Listener:
-        self._heard = Listener()
-        for logger in (logging.getLogger("torch._inductor"), trace_log):
-            logger.addHandler(self._heard)
-        return self._heard
-
-    def __exit__(self, *_: Any) -> None:
-        for logger in (logging.getLogger("torch._inductor"), trace_log):
-            logger.removeHandler(self._heard)
+@contextlib.contextmanager
+def listening() -> Iterator[Listener]:
+    heard, inductor = Listener(), logging.getLogger("torch._inductor")
+    for handler in list(trace_log.handlers):  # torch's own goes when it is first used, as the program's has
+        trace_log.removeHandler(handler)
+    for logger in (inductor, trace_log):
+        logger.addHandler(heard)
+    try:
+        yield heard
+    finally:
+        for logger in (inductor, trace_log):
+            logger.removeHandler(heard)
         set_logs()
 
 
@@ -117,9 +119,7 @@ def ours() -> Heard:
 
 
 def test_metrics_and_counters_are_those_of_a_compile_here(stock: Heard, ours: Heard) -> None:
-    assert (
-        ours.metrics == {**stock.metrics, "metrics": ours.metrics.get("metrics")} or ours.metrics == stock.metrics
-    )
+    assert ours.metrics == stock.metrics
     assert ours.metrics["generated_kernel_count"] > 0
     # In the worker, AOTAutograd's bundle stands in for the cache of graphs.
     assert stock.counters["inductor"].pop("fxgraph_cache_miss") > 0
@@ -200,24 +200,25 @@ PROGRAM = """
 def test_torch_logs_and_torch_trace_of_a_program(run_program: Any, tmp_path: Path) -> None:
     logged, traced = {}, {}
     for name in ("inductor", "frame_swap"):
+        log = tmp_path / f"{name}.log"
         done = run_program(
             PROGRAM.format(backend=name),
             TORCH_LOGS="output_code,aot_graphs",
-            TORCH_LOGS_OUT=str(tmp_path / f"{name}.log"),
+            TORCH_LOGS_OUT=str(log),
             TORCH_TRACE=str(tmp_path / name),
         )
-        prefix = re.compile(r"^[VIWE]\d{4} \S+ \d+ ", re.MULTILINE)
-        lines = [line for line in prefix.sub("", done.stderr).splitlines() if str(os.sep) not in line[-80:]]
-        logged[name] = [line for line in lines if "[__output_code]" in line]
-        assert (
-            prefix.sub("", (tmp_path / f"{name}.log").read_text()).splitlines()
-            == prefix.sub("", done.stderr).splitlines()
-        )
-        (file,) = (tmp_path / name).iterdir()  # the worker writes none
+        assert log.read_text() in done.stderr  # nobody else writes to the file
+        logged[name] = [anonymous(line) for line in log.read_text().splitlines()]
+        (file,) = (tmp_path / name).iterdir()
         traced[name] = parsed(file.read_text())
     assert len(logged["inductor"]) > 30
     assert logged["frame_swap"] == logged["inductor"]
     assert {"inductor_output_code", "aot_inference_graph"} <= traced["inductor"] <= traced["frame_swap"]
+
+
+def anonymous(line: str) -> str:
+    """A line of a log without time, process, and what the program's own files and Python's ids are called."""
+    return re.sub(r"(?<!\w)/\S+|0x\w+|<eval_with_key>\.\d+", "...", re.sub(r"^[VIWE]\d{4} \S+ \d+ ", "", line))
 
 
 def parsed(trace: str) -> set[str]:
@@ -235,16 +236,18 @@ def parsed(trace: str) -> set[str]:
 
 
 def test_a_failing_compile_is_heard(listener: Listener, tmp_path: Path) -> None:
-    set_logs(output_code=True)
+    set_logs(inductor=logging.INFO)
     no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))})
     with no_compiler, fresh_cache(dir=str(tmp_path)), pytest.warns(frame_swap.FrameSwapWarning):
         torch.compile(lambda x: x.sin() + 1, backend="frame_swap")(torch.randn(8))
         (region,) = frame_swap.wait().regions
     assert region.state is State.FAILED
-    assert len(listener.output_codes()) == 1
+    steps = [r.getMessage() for r in listener.records if "compiling FORWARDS" in r.getMessage()]
+    assert len(steps) == 1
+    assert "done" not in steps[0]
 
 
-def test_a_compile_in_a_thread_of_this_process_is_heard_once(listener: Listener) -> None:
+def test_a_compile_in_a_thread_of_this_process_is_heard_once(listener: Listener, stock: Heard) -> None:
     set_logs(output_code=True)
     counters.clear()
     metrics.reset()
@@ -256,19 +259,12 @@ def test_a_compile_in_a_thread_of_this_process_is_heard_once(listener: Listener)
     assert len(code) == 2
     assert kinds([r for r in listener.records if r.name == trace_log.name])["inductor_output_code", ""] == 2
     assert counters["aot_autograd"]["ok"] == 1
-    assert metrics.ir_nodes_pre_fusion == counted_once()
-
-
-@functools.cache
-def counted_once() -> int:
-    metrics.reset()
-    with fresh_cache():
-        train("inductor")
-    return metrics.ir_nodes_pre_fusion
+    assert metrics.ir_nodes_pre_fusion == stock.metrics["ir_nodes_pre_fusion"]
 
 
 def test_where_nobody_listens_only_totals_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[bytes] = []
+    monkeypatch.setattr(trace_log, "handlers", [])  # pytest listens
     monkeypatch.setattr(backend.echo, "replay", lambda pickled, _: sent.append(pickled))
     train("frame_swap")
     records, heard_warnings, totals = pickle.loads(sent[0])
@@ -289,14 +285,14 @@ def echo_of(call: Callable[[], Any]) -> bytes:
     return kept[0]
 
 
-def test_text_is_made_only_for_those_who_listen(listener: Listener) -> None:
+def test_text_is_made_only_for_those_who_listen(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     def talk() -> None:
         getArtifactLogger("torch._inductor.codecache", "output_code").debug("some code")
         trace_structured("artifact", lambda: {"name": "some"}, payload_fn=lambda: "text")
 
-    trace_log.removeHandler(listener)
-    assert pickle.loads(echo_of(talk)).records == []
-    trace_log.addHandler(listener)
+    with monkeypatch.context() as patch:
+        patch.setattr(trace_log, "handlers", [])
+        assert pickle.loads(echo_of(talk)).records == []
     set_logs(output_code=True)
     assert len(pickle.loads(echo_of(talk)).records) == 2
     assert listener.records == []  # a worker hands nothing to handlers
@@ -362,19 +358,15 @@ def test_a_warnings_filter_decides() -> None:
     assert len(caught) == 2
 
 
-def test_inductors_warning_reaches_the_user_and_an_error_filter_breaks_nothing(run_program: Any) -> None:
+def test_a_warning_of_inductors_reaches_the_user(run_program: Any) -> None:
     done = run_program(
         """
         import warnings, torch, frame_swap
-        for action in ("always", "error"):
-            torch._dynamo.reset()
-            frame_swap.configure(workers=1 if action == "always" else 2)  # other workers: each warns once
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter(action)
-                x = torch.randn(4, dtype=torch.complex64)
-                torch.compile(lambda x: x * x + 1, backend="frame_swap")(x)
-                region = frame_swap.wait().regions[-1]
-            print(region.state, [w.filename[-21:] for w in caught if "complex" in str(w.message)])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.compile(lambda x: x * x + 1, backend="frame_swap")(torch.randn(4, dtype=torch.complex64))
+            frame_swap.wait()
+        print([w.filename[-21:] for w in caught if "complex" in str(w.message)])
         """
     )
-    assert done.stdout.splitlines() == ["ready ['_inductor/lowering.py']", "ready []"]
+    assert done.stdout.strip() == "['_inductor/lowering.py']"

@@ -67,9 +67,14 @@ class Audience:
             os.getpid(),
             {name: logger.level for name, logger in _loggers().items() if logger.level != logging.NOTSET},
             frozenset(internals.torch_logging.log_state.artifact_names),
-            bool(internals.trace_log.handlers),
+            any(_hears(handler) for handler in internals.trace_log.handlers),
             internals.torch_logging.GET_DTRACE_STRUCTURED,
         )
+
+
+def _hears(handler: logging.Handler) -> bool:
+    """Not the one that torch installs in any case: without a directory it removes itself at the first record."""
+    return not isinstance(handler, internals.LazyTraceHandler) or handler.root_dir is not None
 
 
 def _loggers() -> dict[str, logging.Logger]:
@@ -134,7 +139,8 @@ def recorded(audience: Audience, keep: Callable[[bytes], None]) -> Iterator[None
         keep: called once, at the end of the block, with the pickled echo.
     """
     if audience.pid == os.getpid():
-        yield
+        with _pair_counts():
+            yield
         return
     records: list[_Record] = []
     before = _totals()
@@ -152,6 +158,7 @@ def recorded(audience: Audience, keep: Callable[[bytes], None]) -> Iterator[None
         mock.patch.object(logging.Logger, "callHandlers", call_handlers),
         mock.patch.object(internals.structured, "intern_string", _Interned),
         warnings.catch_warnings(record=True) as caught,
+        _pair_counts(),
     ):
         warnings.simplefilter("always")  # whether it is shown is for the filters in the calling process
         try:
@@ -280,14 +287,22 @@ def _added(before: _Totals, after: _Totals) -> _Totals:
     counters = {key: count - before.counters.get(key, 0) for key, count in after.counters.items()}
     return _Totals(
         {name: number for name, number in metrics.items() if number},
-        {key: count for key, count in counters.items() if count and key not in _COUNTED_HERE},
+        {key: count for key, count in counters.items() if count},
         tails(before.metric_lists, after.metric_lists),
         tails(before.times, after.times),
     )
 
 
-_COUNTED_HERE = frozenset(("aot_autograd", key) for key in ("total", "ok", "not_ok"))
-"""What the calling process counts when it traces the pair."""
+@contextlib.contextmanager
+def _pair_counts() -> Iterator[None]:
+    """That AOTAutograd has traced the graph is counted once: in the call, which traces the pair."""
+    counter = internals.counters["aot_autograd"]
+    counted = {key: counter[key] for key in ("total", "ok")}
+    try:
+        yield
+    finally:
+        for key, count in counted.items():
+            counter[key] = count
 
 
 # --- In the calling process --------------------------------------------------------------------------------
