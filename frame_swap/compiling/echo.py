@@ -158,11 +158,11 @@ def recorded(audience: Audience, keep: Callable[[bytes], None]) -> Iterator[None
         mock.patch.object(logging.Logger, "callHandlers", call_handlers),
         mock.patch.object(internals.structured, "intern_string", _Interned),
         warnings.catch_warnings(record=True) as caught,
-        _pair_counts(),
     ):
         warnings.simplefilter("always")  # whether it is shown is for the filters in the calling process
         try:
-            yield
+            with _pair_counts():
+                yield
         finally:
             try:
                 echo = _Echo(records, _plain_warnings(caught), _added(before, _totals()))
