@@ -65,6 +65,9 @@ try:
     from torch.fx._graph_pickler import Options as GraphPicklerOptions
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    # Looked up at each use, because torch assigns them anew or we do; here to see that they exist.
+    _ASSIGNED = (torch_logging.log_state, torch_logging.GET_DTRACE_STRUCTURED, structured.intern_string)
 except (
     ImportError,
     AttributeError,
