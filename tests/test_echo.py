@@ -31,6 +31,9 @@ from frame_swap import State, backend
 from frame_swap.compiling import echo
 
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for two compiles that find all caches empty
+
+
 class Listener(logging.Handler):
     """Keeps the records that it is handed."""
 
