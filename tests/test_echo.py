@@ -30,7 +30,6 @@ import frame_swap
 from frame_swap import State, backend
 from frame_swap.compiling import echo
 
-
 pytestmark = pytest.mark.timeout(600)  # the first test waits for two compiles that find all caches empty
 
 
