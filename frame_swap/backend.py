@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import pickle
@@ -24,7 +25,7 @@ import torch
 import guards
 
 from . import internals, settings
-from .compiling import artifact, ship
+from .compiling import artifact, echo, ship
 from .compiling.service import Job, service
 from .compiling.worker import Outcome
 from .frames import FrameGone, codegen
@@ -83,7 +84,8 @@ def frame_swap_backend(
 
     # 3. Pair
     try:
-        pair = trace_pair(gm, example_inputs)
+        with echo.muted() if when != "never" else contextlib.nullcontext():
+            pair = trace_pair(gm, example_inputs)
     except internals.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
         region.abandon("Dynamo started the frame over")
         raise
@@ -123,6 +125,7 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
     # 5. Compile
     region = shipment.region
     region.record_compile(outcome.submitted, outcome.started, outcome.finished, outcome.pid)
+    echo.replay(outcome.echo, region.compile_id or None)
     if outcome.artifact is None:
         log.info("frame-swap: compile of %s failed\n%s", region, outcome.details)
         _give_up(region, f"its compile failed: {outcome.error}")

@@ -30,6 +30,7 @@ try:
     import torch._dynamo
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
+    import torch._logging._internal as torch_logging
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
     from torch._C._dynamo.eval_frame import set_code_exec_strategy
     from torch._dynamo.backends.common import aot_autograd
@@ -39,7 +40,13 @@ try:
     from torch._dynamo.source import TensorPropertySource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.types import FrameAction, FrameExecStrategy  # type: ignore[attr-defined]
-    from torch._dynamo.utils import CleanupManager, get_metrics_context, orig_code_map
+    from torch._dynamo.utils import (
+        CleanupManager,
+        compilation_time_metrics,
+        counters,
+        get_metrics_context,
+        orig_code_map,
+    )
     from torch._guards import (
         CompileContext,
         CompileId,
@@ -52,6 +59,9 @@ try:
         triton_kernel_wrapper_functional,
         triton_kernel_wrapper_mutation,
     )
+    from torch._logging import structured
+    from torch._logging._internal import LazyTraceHandler, LogState, trace_log
+    from torch._logging._internal import getArtifactLogger as artifact_logger
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx._graph_pickler import GraphPickler
     from torch.fx._graph_pickler import Options as GraphPicklerOptions
@@ -59,6 +69,9 @@ try:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+    # Looked up at each use, because torch assigns them anew or we do; here to see that they exist.
+    _ASSIGNED = (torch_logging.log_state, torch_logging.GET_DTRACE_STRUCTURED, structured.intern_string)
 except (
     ImportError,
     AttributeError,
@@ -76,18 +89,23 @@ __all__ = [
     "FrameShapes",
     "GraphPickler",
     "GraphPicklerOptions",
+    "LazyTraceHandler",
+    "LogState",
     "ShapeEnv",
     "SymNode",
     "TorchDynamoException",
     "TracingContext",
     "adopt_code",
     "aot_autograd",
+    "artifact_logger",
     "boxed_nop",
     "cache_entries",
     "captured_frame",
     "changed_configs",
+    "compilation_time_metrics",
     "compile_context",
     "compile_lock",
+    "counters",
     "detect_fake_mode",
     "functorch_config",
     "inductor_config",
@@ -99,6 +117,9 @@ __all__ = [
     "register_bytecode_hook",
     "skip_frames",
     "stock_inductor",
+    "structured",
+    "torch_logging",
+    "trace_log",
     "tracing",
     "version_checked",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import internals
-from . import libraries
+from . import echo, libraries
 from .process_state import ProcessState
 
 
@@ -41,8 +41,10 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> Calla
         if isinstance(entry, tuple):  # (entry, Triton kernels of the user's, their constants): we ship none
             entry = entry[0]
         entry.guards_expr = None  # late guards are ours: see guards/
+        _forget_totals(entry)
         fake_mode = internals.FakeTensorMode(shape_env=internals.ShapeEnv())
-        with internals.tracing(internals.TracingContext(fake_mode)), libraries.supplied(kernels):
+        tracing = internals.tracing(internals.TracingContext(fake_mode))
+        with tracing, libraries.supplied(kernels), echo.muted():
             compiled: Callable[[list[Any]], Any] = entry.wrap_post_compile(
                 [],
                 entry.sanitized_aot_config,
@@ -52,3 +54,13 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> Calla
                 },
             )
         return compiled
+
+
+def _forget_totals(entry: Any) -> None:
+    """Loading counts as if it had compiled, with a part of the metrics; the echo brings all of them."""
+    from torch._inductor.metrics import CachedMetricsDeltas, get_metric_fields
+
+    for direction in (entry.compiled_fw, entry.compiled_bw):
+        if hasattr(direction, "result") and hasattr(direction.result, "metrics_deltas"):
+            direction.result.metrics_deltas = CachedMetricsDeltas(**dict.fromkeys(get_metric_fields(), 0))
+            direction.result.counter_deltas.clear()

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 from .. import internals
+from .echo import Audience
 
 _SHIPPED_ENVIRONMENT = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_", "CUDA_", "CXX", "CC", "PATH", "TMPDIR")
 
@@ -46,6 +47,7 @@ class ProcessState:
     attention: tuple[bool, ...]
     configs: dict[str, dict[str, Any]]
     environment: dict[str, str]
+    audience: Audience
 
     @classmethod
     def capture(cls, devices: set[str]) -> ProcessState:
@@ -75,6 +77,7 @@ class ProcessState:
             attention=tuple(getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _ATTENTION),
             configs=configs,
             environment={k: v for k, v in os.environ.items() if k.startswith(_SHIPPED_ENVIRONMENT)},
+            audience=Audience.capture(),
         )
 
     @contextlib.contextmanager

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 
@@ -35,6 +36,7 @@ class Outcome:
         details: the traceback in the worker, for the log.
         submitted, started, finished: seconds since the epoch: asked for, begun, ended.
         pid: the worker's process id.
+        echo: what the compile left behind besides code, for `echo.replay`; also where it failed.
     """
 
     artifact: bytes | None
@@ -45,6 +47,11 @@ class Outcome:
     started: float
     finished: float
     pid: int
+    echo: bytes = b""
+
+
+_LISTENERS = ("TORCH_LOGS", "TORCH_LOGS_OUT", "TORCH_TRACE", "TORCH_DTRACE")
+"""What the program listens to is in each parcel, and its files are its own: see echo.py."""
 
 
 def initialize(parent: int, niceness: int, compiler_threads: int) -> None:
@@ -55,6 +62,8 @@ def initialize(parent: int, niceness: int, compiler_threads: int) -> None:
     _let_go_of_output()
     threading.Thread(target=_end_with, args=(parent,), name="frame-swap-watch", daemon=True).start()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(compiler_threads)
+    for variable in _LISTENERS:
+        os.environ.pop(variable, None)
     _allow_caches()
 
     import torch
@@ -115,20 +124,21 @@ def compile_graph(parcel: bytes, sizes: dict[str, int], submitted: float) -> Out
     """
     started = time.time()
     artifact, guards, error, details = None, b"", "", ""
+    heard: list[bytes] = []
     _allow_caches()
     try:
-        artifact, guards = _compile(parcel, sizes)
+        artifact, guards = _compile(parcel, sizes, heard.append)
     except BaseException as failure:
         error = f"{type(failure).__name__}: {str(failure).strip()}".partition("\n")[0]
         details = traceback.format_exc()
-    return Outcome(artifact, guards, error, details, submitted, started, time.time(), os.getpid())
+    return Outcome(artifact, guards, error, details, submitted, started, time.time(), os.getpid(), b"".join(heard))
 
 
-def _compile(parcel: bytes, sizes: dict[str, int]) -> tuple[bytes, bytes]:
+def _compile(parcel: bytes, sizes: dict[str, int], keep_echo: Callable[[bytes], None]) -> tuple[bytes, bytes]:
     from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializer
 
     from .. import internals
-    from . import libraries, ship
+    from . import echo, libraries, ship
 
     graph, state, options, compile_id = ship.open_state(parcel)
     # The lock is free in a worker; in an executor of threads it keeps Dynamo out while configs are patched.
@@ -139,6 +149,7 @@ def _compile(parcel: bytes, sizes: dict[str, int]) -> tuple[bytes, bytes]:
         known = len(shapes.guards)
         context = internals.CompileContext(internals.CompileId.from_string(compile_id))
         with (
+            echo.recorded(state.audience, keep_echo),
             libraries.recorded() as kernels,
             internals.compile_context(context),
             internals.tracing(internals.TracingContext(fake_mode)),
