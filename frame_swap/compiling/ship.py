@@ -13,20 +13,16 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule
 
 from .. import internals
+from . import operators
+from .operators import Definitions
 from .process_state import ProcessState
+from .refusal import Unshippable, first_line
 
-# Operators that every process has which has imported torch.
-_TORCH_NAMESPACES = frozenset(
-    ("aten", "prim", "prims", "higher_order", "inductor", "quantized", "_quantized", "quantized_decomposed")
-    + ("mkldnn", "onednn", "mkl", "profiler", "debugprims", "fsdp", "_c10d_functional", "_dtensor", "streams")
-)
-
-
-class Unshippable(Exception):
-    """This graph cannot be compiled in another process; the message says why, for the report."""
+__all__ = ["Opened", "Parcel", "Unshippable", "open_parcel", "pack", "unpack_graph"]
 
 
 class Parcel(NamedTuple):
@@ -34,6 +30,16 @@ class Parcel(NamedTuple):
 
     data: bytes
     state: ProcessState
+
+
+class Opened(NamedTuple):
+    """The outer layer of a parcel: state and definitions must be in force before the graph is unpickled."""
+
+    graph: bytes
+    state: ProcessState
+    options: dict[str, Any]
+    compile_id: str | None
+    definitions: Definitions | None
 
 
 def pack(
@@ -44,20 +50,21 @@ def pack(
     Raises:
         Unshippable: with the reason.
     """
-    _check_graph(gm)
+    custom = _check_graph(gm)
     inputs = [_fake_input(x) for x in example_inputs]
     state = ProcessState.capture({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
     _check_options(state.configs | {"options": options})
+    definitions = operators.definitions(custom) if custom else None
     try:
         graph = _pickler().dumps((_bare(gm, inputs), inputs), internals.GraphPicklerOptions(ops_filter=None))
-        return Parcel(pickle.dumps((graph, state, options, compile_id)), state)
+        return Parcel(pickle.dumps(Opened(graph, state, options, compile_id, definitions)), state)
     except Exception as error:
-        raise Unshippable(f"the graph cannot be pickled: {_first_line(error)}") from error
+        raise Unshippable(f"the graph cannot be pickled: {first_line(error)}") from error
 
 
-def open_state(parcel: bytes) -> tuple[bytes, ProcessState, dict[str, Any], str | None]:
-    """The outer layer of a parcel: the process state must be in force before the graph is unpickled."""
-    opened: tuple[bytes, ProcessState, dict[str, Any], str | None] = pickle.loads(parcel)
+def open_parcel(parcel: bytes) -> Opened:
+    """What is in a parcel."""
+    opened: Opened = pickle.loads(parcel)
     return opened
 
 
@@ -75,7 +82,9 @@ def unpack_graph(graph: bytes) -> tuple[GraphModule, list[Any], Any]:
     return gm, inputs, mode
 
 
-def _check_graph(gm: GraphModule) -> None:
+def _check_graph(gm: GraphModule) -> list[OpOverload]:
+    """Refuse what no worker can be given; return the custom operators, which it has to be given."""
+    custom: dict[OpOverload, None] = {}
     for module in gm.modules():
         if not isinstance(module, GraphModule):
             continue  # a container of graphs; one that is called is refused below
@@ -88,11 +97,9 @@ def _check_graph(gm: GraphModule) -> None:
                 raise Unshippable(f"the graph calls a module: {node.target}")
             if internals.is_triton_kernel(node.target):
                 raise Unshippable("the graph launches a Triton kernel of the program's own")
-            operator = node.target
-            if isinstance(operator, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-                namespace = str(operator).partition(".")[0].partition("::")[0]
-                if namespace not in _TORCH_NAMESPACES:
-                    raise Unshippable(f"a custom operator that a worker does not know: {operator}")
+            if isinstance(node.target, (OpOverload, OpOverloadPacket)) and operators.is_custom(node.target):
+                custom.update(dict.fromkeys(operators.overloads(node.target)))
+    return list(custom)
 
 
 def _has_tensors(module: torch.nn.Module) -> bool:
@@ -114,7 +121,7 @@ def _check_options(changes: dict[str, dict[str, Any]]) -> None:
             try:
                 pickle.dumps(value)
             except Exception as error:
-                raise Unshippable(f"{config} config {name} cannot be pickled: {_first_line(error)}") from error
+                raise Unshippable(f"{config} config {name} cannot be pickled: {first_line(error)}") from error
 
 
 def _fake_input(value: Any) -> Any:
@@ -183,8 +190,3 @@ def _pickler() -> Any:
             return reduced
 
     return Pickler
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,485 @@
+"""The program's own operators, in a worker: what a compile asks of them is not in the graph.
+
+The kernel stays where it is: compiled code calls the operator by name, in the calling process. A compile needs
+the rest: schema and tags, the fake implementation, the formula of the gradient. Two ways lead there.
+
+- By value, where that can be: the functions that define the operator travel with the graph, with what they read.
+  They are what they are at capture, be they from `__main__`, a notebook, the inside of a function or a module.
+- By import, for what cannot be read back: operators of C++, kernels for Autograd and the like that were registered
+  straight with the dispatcher, functions that hold what cannot be pickled. The worker imports the module, or loads
+  the library, and compares: an import is believed only if it leads to the same registrations and functions.
+
+Guarantees:
+- In a worker an operator is what it was in the program at capture, or the compile fails and says what to do.
+- A definition that changes between two compiles reaches a worker that knows the old one.
+- The program's `__main__` is not run.
+- Nothing is defined or imported in the calling process, should an executor run the compile there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import io
+import os
+import pickle
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import cloudpickle
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+
+from .. import internals
+from .refusal import Unshippable, first_line
+
+# Operators that every process has which has imported torch.
+_TORCH_NAMESPACES = frozenset(
+    ("aten", "prim", "prims", "higher_order", "inductor", "quantized", "_quantized", "quantized_decomposed")
+    + ("mkldnn", "onednn", "mkl", "profiler", "debugprims", "fsdp", "_c10d_functional", "_dtensor", "streams")
+)
+
+_Library: Any = torch.library.Library  # untyped
+
+# Dispatch keys whose kernels compute; the fake implementation stands in for them during a compile.
+_COMPUTING = frozenset(
+    ("CPU", "CUDA", "XPU", "MPS", "HPU", "MTIA", "XLA", "IPU", "VE", "PrivateUse1", "CompositeExplicitAutograd")
+)
+
+_ADVICE = "define it with torch.library.custom_op, or all of it in one module that can be imported"
+
+
+class MissingOperator(RuntimeError):
+    """A worker cannot be given an operator of the program's; the message says which, and what to do."""
+
+
+def is_custom(operator: OpOverload | OpOverloadPacket) -> bool:
+    """Whether an operator is the program's own, or a library's, rather than PyTorch's."""
+    return str(operator).partition(".")[0].partition("::")[0] not in _TORCH_NAMESPACES
+
+
+def overloads(operator: OpOverload | OpOverloadPacket) -> list[OpOverload]:
+    """An operator with its overloads, or the one overload that it is."""
+    if isinstance(operator, OpOverload):
+        return [operator]
+    names: list[str] = operator.overloads()  # type: ignore[no-untyped-call]
+    return [getattr(operator, name) for name in names]
+
+
+@dataclasses.dataclass(frozen=True)
+class Definitions:
+    """The operators that a graph needs, and where the program imports from. Picklable."""
+
+    operators: tuple[Definition, ...]
+    path: tuple[str, ...]
+    pid: int
+
+    def install(self) -> None:
+        """In a worker: define them, or see that they are defined.
+
+        Raises:
+            MissingOperator: one cannot be defined here.
+        """
+        if os.getpid() == self.pid:
+            return
+        sys.path.extend(entry for entry in self.path if entry not in sys.path)
+        for operator in self.operators:
+            operator.install()
+
+
+def definitions(operators: Iterable[OpOverload]) -> Definitions:
+    """What a worker needs for `operators`, and for those that their gradients and fakes call.
+
+    Raises:
+        Unshippable: one of them can be neither sent nor imported.
+    """
+    found: dict[str, Definition] = {}
+    for operator in operators:
+        _describe(operator, found, ())
+    path = tuple(map(os.path.abspath, sys.path))  # "" is the current directory
+    return Definitions(tuple(found.values()), path, os.getpid())
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """One operator: how to get it, and how to tell that it is the one.
+
+    Attributes:
+        name: "namespace::operator", with ".overload" where it has one.
+        identity: digest of all that `torch.library` and the dispatcher know of it, but for captured values.
+        recipe: its definition by value, pickled; or why there is none.
+        modules: imported where there is no recipe.
+        libraries: C++ libraries, loaded where the modules were not enough.
+    """
+
+    name: str
+    identity: str
+    recipe: bytes | str
+    modules: tuple[str, ...]
+    libraries: tuple[str, ...]
+
+    def install(self) -> None:
+        """Define this operator in this process, or see that it is defined.
+
+        Raises:
+            MissingOperator: neither can be done.
+        """
+        if self._is_here():
+            return
+        if isinstance(self.recipe, str):
+            self._import(self.recipe)
+            return
+        try:
+            pickle.loads(self.recipe).define(self.name)
+        except Exception as error:
+            raise MissingOperator(f"operator {self.name} cannot be defined again: {first_line(error)}") from error
+        _defined[self.name] = self.recipe, _lookup(self.name)
+
+    def _import(self, why_no_recipe: str) -> None:
+        tried = []
+        steps: list[tuple[str, Callable[[str], Any]]] = [(name, importlib.import_module) for name in self.modules]
+        steps += [(path, torch.ops.load_library) for path in self.libraries]
+        for what, step in steps:
+            try:
+                step(what)
+                tried.append(f"{what} does not define it as it is in the program")
+            except BaseException as error:  # a module that ends its program, too
+                tried.append(f"{what} cannot be imported ({first_line(error)})")
+            if self._is_here():
+                return
+        raise MissingOperator(f"operator {self.name}: {'; '.join((why_no_recipe, *tried))}: {_ADVICE}")
+
+    def _is_here(self) -> bool:
+        operator = _lookup(self.name)
+        recipe, defined = _defined.get(self.name, (b"", None))
+        if operator is None or operator is not defined:
+            return operator is not None and _identity(operator) == self.identity
+        return recipe == self.recipe
+
+
+_defined: dict[str, tuple[bytes, OpOverload | None]] = {}
+"""In a worker: the operators that were defined by value, and from what."""
+
+
+def _lookup(name: str) -> OpOverload | None:
+    namespace, _, rest = name.partition("::")
+    packet, _, overload = rest.partition(".")
+    found: Any = getattr(getattr(torch.ops, namespace), packet, None)
+    found = getattr(found, overload or "default", None)
+    return found if isinstance(found, OpOverload) else None
+
+
+def _describe(operator: OpOverload, found: dict[str, Definition], within: tuple[str, ...]) -> None:
+    name = operator._name
+    if name in found or name in within:  # an operator may occur in its own gradient
+        return
+    modules, libraries = tuple(_modules(operator)), tuple(_libraries(operator))
+    needed: dict[str, Definition] = dict(found)
+    recipe: bytes | str
+    try:
+        recipe, others = _pickle(_recipe(operator), operator)
+        for other in others:
+            _describe(other, needed, (*within, name))
+        found.update(needed)
+    except Unshippable as error:
+        if not (modules or libraries):
+            raise Unshippable(f"a custom operator that a worker cannot be given, {name}: {error}") from error
+        recipe = str(error)
+    found[name] = Definition(name, _identity(operator), recipe, modules, libraries)
+
+
+# By value
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomOp:
+    """What `torch.library.custom_op` and the methods of what it returns were given, without the kernels."""
+
+    schema: str
+    tags: tuple[torch.Tag, ...]
+    devices: tuple[str | None, ...]
+    fake: Callable[..., Any] | None
+    backward: Callable[..., Any] | None
+    setup_context: Callable[..., Any] | None
+    vmap: Callable[..., Any] | None
+    autocast: dict[str, torch.dtype]
+    dispatch: dict[type, Callable[..., Any]]
+    effect: Any
+
+    def define(self, name: str) -> None:
+        """Define the operator; in place of one that an earlier `custom_op` defined."""
+        arguments = torch._C.parse_schema(name + self.schema).arguments
+        mutated = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        first, *others = self.devices
+        operator = torch.library.custom_op(
+            name, _no_kernel, mutates_args=mutated, schema=self.schema, tags=self.tags, device_types=first
+        )
+        for device in others:
+            operator.register_kernel(device)(_no_kernel)
+        if self.fake is not None:
+            operator.register_fake(self.fake)
+        if self.backward is not None:
+            operator.register_autograd(self.backward, setup_context=self.setup_context)
+        if self.vmap is not None:
+            operator.register_vmap(self.vmap)
+        for device_type, dtype in self.autocast.items():
+            operator.register_autocast(device_type, dtype)
+        for cls, rule in self.dispatch.items():
+            operator.register_torch_dispatch(cls, rule)
+        if self.effect is not None:
+            operator.register_effect(self.effect)
+
+
+@dataclasses.dataclass(frozen=True)
+class LibraryOp:
+    """An operator of `torch.library.define` or `Library.define` with a fake implementation and no gradient."""
+
+    schema: str
+    tags: tuple[torch.Tag, ...]
+    keys: tuple[str, ...]
+    fake: Callable[..., Any]
+    effect: Any
+
+    def define(self, name: str) -> None:
+        """Define the operator; in place of one that was defined here."""
+        if name in _libraries_here:
+            _libraries_here.pop(name)._destroy()
+        library: Any = _Library(name.partition("::")[0], "FRAGMENT")
+        library.define(self.schema, tags=self.tags)
+        for key in self.keys:
+            library.impl(name, _no_kernel, key)
+        torch.library.register_fake(name, self.fake, lib=library)
+        if self.effect is not None:
+            internals.register_effect(name, self.effect, library)
+        _libraries_here[name] = library
+
+
+_libraries_here: dict[str, Any] = {}
+"""An operator lives as long as the library that defines it."""
+
+
+def _no_kernel(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError("the program's operators have no kernels in a compile worker of frame-swap")
+
+
+def _recipe(operator: OpOverload) -> CustomOp | LibraryOp:
+    definition = internals.custom_op_def(operator)
+    keys = internals.dispatch_keys(operator)
+    foreign = [key for key, own in keys if not (own and definition) and key not in _COMPUTING]
+    fake = internals.fake_impl(operator)
+    if definition is None:
+        if not internals.defined_in_python(operator):
+            raise Unshippable("it is defined in C++")
+        if fake is None:
+            raise Unshippable("it has no fake implementation of torch.library.register_fake")
+        foreign = [key for key in foreign if key != "Meta"]  # register_fake's, and not asked where there is a fake
+    if foreign:
+        raise Unshippable(f"its registration for {foreign[0]} cannot be read back from the dispatcher")
+    if rules := internals.python_rules(operator):
+        raise Unshippable(f"it has a rule for {rules[0]} that cannot be told from PyTorch's own")
+    effect = internals.effect(operator)
+    if definition is None:
+        schema = str(operator._schema).partition("::")[2]
+        assert fake is not None
+        return LibraryOp(schema, tuple(operator.tags), tuple(k for k, _ in keys if k in _COMPUTING), fake, effect)
+    return CustomOp(
+        definition._schema,
+        tuple(definition._tags),
+        tuple(definition._backend_fns),
+        definition._abstract_fn,
+        definition._backward_fn,
+        definition._setup_context_fn,
+        definition._vmap_fn,
+        internals.autocast_dtypes(definition),
+        dict(definition._torch_dispatch_fns),
+        effect,
+    )
+
+
+def _pickle(recipe: CustomOp | LibraryOp, operator: OpOverload) -> tuple[bytes, list[OpOverload]]:
+    """A recipe as bytes, and the custom operators that its functions name."""
+    with io.BytesIO() as stream, ExitStack() as stack:
+        for name in {function.__module__ for _, function in _functions(operator)}:
+            if name in sys.modules and name.partition(".")[0] not in ("torch", "__main__", "builtins"):
+                stack.enter_context(_by_value(sys.modules[name]))
+        pickler = _Pickler(stream)
+        try:
+            pickler.dump(recipe)
+        except Unshippable:
+            raise
+        except Exception as error:
+            raise Unshippable(f"its definition cannot be pickled: {first_line(error)}") from error
+        return stream.getvalue(), list(pickler.named_operators())
+
+
+@contextmanager
+def _by_value(module: types.ModuleType) -> Iterator[None]:
+    if module.__name__ in cloudpickle.list_registry_pickle_by_value():
+        yield
+        return
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Functions by value; the operators that they hold or name, by name."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self._names: set[str] = set()
+        self._namespaces: set[str] = set()
+        self._held: dict[str, OpOverload] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, internals.CustomOpDef):
+            obj = obj._opoverload
+        if isinstance(obj, OpOverload):
+            if is_custom(obj):
+                self._held[obj._name] = obj
+            return OperatorByName, (obj._name,)
+        if isinstance(obj, OpOverloadPacket):
+            namespace, _, name = obj._qualified_op_name.partition("::")
+            self._namespaces.add(namespace)
+            self._names.add(name)
+            return _packet, (namespace, name)
+        if isinstance(obj, type(torch.ops)):
+            return _torch_ops, ()
+        if isinstance(obj, type(torch.ops.aten)):
+            self._namespaces.add(obj.name)
+            return getattr, (torch.ops, obj.name)
+        if isinstance(obj, torch.Tensor):
+            raise Unshippable("its definition holds a tensor, which would be a copy in a worker")
+        if isinstance(obj, types.FunctionType):
+            self._names.update(_names(obj.__code__))
+        return super().reducer_override(obj)
+
+    def named_operators(self) -> Iterator[OpOverload]:
+        """Held as such, or written as `torch.ops.namespace.name` in a function's code."""
+        yield from self._held.values()
+        written = {n for n in self._names if isinstance(vars(torch.ops).get(n), type(torch.ops.aten))}
+        for namespace in (self._namespaces | written) - _TORCH_NAMESPACES:
+            operators = getattr(torch.ops, namespace)
+            for name in self._names:
+                packet = getattr(operators, name, None)
+                if isinstance(packet, OpOverloadPacket):
+                    yield from overloads(packet)
+
+
+class OperatorByName:
+    """An operator that a definition holds: looked up at each use, since it may be defined after this, or anew."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._operator()(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):  # asked for by pickle before there is a name
+            raise AttributeError(attribute)
+        return getattr(self._operator(), attribute)
+
+    def _operator(self) -> OpOverload:
+        operator = _lookup(self._name)
+        if operator is None:
+            raise MissingOperator(f"operator {self._name} was not sent along: {_ADVICE}")
+        return operator
+
+
+def _packet(namespace: str, name: str) -> Any:
+    return getattr(getattr(torch.ops, namespace), name)
+
+
+def _torch_ops() -> Any:
+    return torch.ops
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+# By import
+
+
+def _modules(operator: OpOverload) -> Iterator[str]:
+    """The modules that may define an operator, the likeliest first."""
+    named = [function.__module__ for _, function in _functions(operator)]
+    definition = internals.custom_op_def(operator)
+    if definition is not None:
+        named.append(definition._init_fn.__module__)
+    by_file = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
+    named += [by_file[file] for file in internals.registered_at(operator) if file in by_file]
+    named += [name for name in (internals.stub_module(operator), operator.namespace) if name]
+    for name in dict.fromkeys(named):
+        importable = getattr(sys.modules.get(name), "__spec__", None) is not None
+        if importable and name.partition(".")[0] not in ("torch", "__main__", "builtins"):
+            yield name
+
+
+def _libraries(operator: OpOverload) -> Iterator[str]:
+    if not internals.defined_in_python(operator):
+        yield from sorted(torch.ops.loaded_libraries)
+
+
+def _identity(operator: OpOverload) -> str:
+    """A digest of an operator's schema, tags, registrations and functions; the same in each process."""
+    parts = [internals.registrations(operator), str(sorted(map(str, operator.tags)))]
+    parts += [f"{role} {_text(function, set())}" for role, function in _functions(operator)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _functions(operator: OpOverload) -> list[tuple[str, Any]]:
+    """The Python functions that define an operator, as far as `torch.library` keeps them; not its kernels."""
+    definition = internals.custom_op_def(operator)
+    if definition is None:
+        functions = {"fake": internals.fake_impl(operator)}
+    else:
+        functions = {
+            "fake": definition._abstract_fn,
+            "backward": definition._backward_fn,
+            "setup_context": definition._setup_context_fn,
+            "vmap": definition._vmap_fn,
+            **{cls.__qualname__: function for cls, function in definition._torch_dispatch_fns.items()},
+        }
+    return [(role, function) for role, function in functions.items() if function is not None]
+
+
+def _text(value: Any, seen: set[int]) -> str:
+    """What a function does, as text: its code, and what that reads of its module and of the scopes around it."""
+    value = getattr(value, "__func__", value)
+    if not isinstance(value, types.FunctionType):
+        # Of other things only plain data is looked into. The rest comes with the import.
+        if isinstance(value, tuple):
+            return str([_text(item, seen) for item in value])
+        return repr(value) if isinstance(value, _PLAIN) else type(value).__qualname__
+    if id(value) in seen:
+        return value.__qualname__
+    seen.add(id(value))
+    if value.__module__.partition(".")[0] == "torch":
+        return value.__qualname__
+    cells = [_text(cell.cell_contents, seen) for cell in value.__closure__ or ()]
+    names = sorted({name for name in _names(value.__code__) if name in value.__globals__})
+    reads = {name: _text(value.__globals__[name], seen) for name in names}
+    return f"{_code(value.__code__)} {_text(value.__defaults__, seen)} {cells} {reads}"
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _code(code: types.CodeType) -> str:
+    def text(constant: Any) -> str:
+        if isinstance(constant, types.CodeType):
+            return _code(constant)
+        return str(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)
+
+    return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {[text(c) for c in code.co_consts]}"
