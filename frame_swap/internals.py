@@ -49,12 +49,13 @@ try:
         tracing,
     )
     from torch._higher_order_ops.triton_kernel_wrap import (
+        kernel_side_table,
         triton_kernel_wrapper_functional,
         triton_kernel_wrapper_mutation,
     )
     from torch._library.custom_ops import OPDEFS, CustomOpDef
     from torch._library.simple_registry import singleton as operator_registry
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake
     from torch.fx._graph_pickler import GraphPickler
     from torch.fx._graph_pickler import Options as GraphPicklerOptions
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -98,8 +99,10 @@ __all__ = [
     "fake_impl",
     "functorch_config",
     "inductor_config",
+    "is_fake",
     "is_traceable_wrapper_subclass",
     "is_triton_kernel",
+    "kernel_side_table",
     "patch_configs",
     "prepare_cudagraphs",
     "python_rules",

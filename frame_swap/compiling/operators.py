@@ -35,6 +35,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
 from .. import internals
+from . import triton_kernels
 from .refusal import Unshippable, first_line
 
 # Operators that every process has which has imported torch.
@@ -72,10 +73,9 @@ def overloads(operator: OpOverload | OpOverloadPacket) -> list[OpOverload]:
 
 @dataclasses.dataclass(frozen=True)
 class Definitions:
-    """The operators that a graph needs, and where the program imports from. Picklable."""
+    """The operators that a graph needs. Picklable."""
 
     operators: tuple[Definition, ...]
-    path: tuple[str, ...]
     pid: int
 
     def install(self) -> None:
@@ -86,7 +86,6 @@ class Definitions:
         """
         if os.getpid() == self.pid:
             return
-        sys.path.extend(entry for entry in self.path if entry not in sys.path)
         for operator in self.operators:
             operator.install()
 
@@ -100,8 +99,7 @@ def definitions(operators: Iterable[OpOverload]) -> Definitions:
     found: dict[str, Definition] = {}
     for operator in operators:
         _describe(operator, found, ())
-    path = tuple(map(os.path.abspath, sys.path))  # "" is the current directory
-    return Definitions(tuple(found.values()), path, os.getpid())
+    return Definitions(tuple(found.values()), os.getpid())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,6 +354,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return getattr, (torch.ops, obj.name)
         if isinstance(obj, torch.Tensor):
             raise Unshippable("its definition holds a tensor, which would be a copy in a worker")
+        if type(obj).__module__.startswith("triton.") and hasattr(obj, "fn"):
+            return triton_kernels.imported, triton_kernels.module_and_name(obj)
         if isinstance(obj, types.FunctionType):
             self._names.update(_names(obj.__code__))
         return super().reducer_override(obj)

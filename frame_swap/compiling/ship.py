@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule
 
 from .. import internals
-from . import operators
+from . import operators, triton_kernels
 from .operators import Definitions
 from .process_state import ProcessState
 from .refusal import Unshippable, first_line
+from .triton_kernels import Kernels
 
 __all__ = ["Opened", "Parcel", "Unshippable", "open_parcel", "pack", "unpack_graph"]
 
@@ -40,6 +42,7 @@ class Opened(NamedTuple):
     options: dict[str, Any]
     compile_id: str | None
     definitions: Definitions | None
+    kernels: Kernels | None
 
 
 def pack(
@@ -50,14 +53,17 @@ def pack(
     Raises:
         Unshippable: with the reason.
     """
-    custom = _check_graph(gm)
-    inputs = [_fake_input(x) for x in example_inputs]
-    state = ProcessState.capture({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
-    _check_options(state.configs | {"options": options})
-    definitions = operators.definitions(custom) if custom else None
     try:
+        custom = _check_graph(gm)
+        inputs = [_fake_input(x) for x in example_inputs]
+        state = ProcessState.capture({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
+        _check_options(state.configs | {"options": options})
+        definitions = operators.definitions(custom) if custom else None
+        kernels = triton_kernels.kernels_of(gm)
         graph = _pickler().dumps((_bare(gm, inputs), inputs), internals.GraphPicklerOptions(ops_filter=None))
-        return Parcel(pickle.dumps(Opened(graph, state, options, compile_id, definitions)), state)
+        return Parcel(pickle.dumps(Opened(graph, state, options, compile_id, definitions, kernels)), state)
+    except Unshippable:
+        raise
     except Exception as error:
         raise Unshippable(f"the graph cannot be pickled: {first_line(error)}") from error
 
@@ -95,8 +101,6 @@ def _check_graph(gm: GraphModule) -> list[OpOverload]:
                 raise Unshippable(f"the graph holds a tensor of its own: {node.target}")
             if node.op == "call_module" and not isinstance(module.get_submodule(node.target), GraphModule):
                 raise Unshippable(f"the graph calls a module: {node.target}")
-            if internals.is_triton_kernel(node.target):
-                raise Unshippable("the graph launches a Triton kernel of the program's own")
             if isinstance(node.target, (OpOverload, OpOverloadPacket)) and operators.is_custom(node.target):
                 custom.update(dict.fromkeys(operators.overloads(node.target)))
     return list(custom)
@@ -133,13 +137,13 @@ def _fake_input(value: Any) -> Any:
         return value
     if not isinstance(value, torch.Tensor):
         raise Unshippable(f"an input is a {type(value).__name__}")
-    if internals.is_traceable_wrapper_subclass(value):
-        raise Unshippable(f"an input is a tensor subclass, {type(value).__name__}")
     if value.layout is not torch.strided:
         raise Unshippable(f"an input has layout {value.layout}")
+    if internals.is_traceable_wrapper_subclass(value):
+        _check_subclass(type(value))
     tracing = internals.TracingContext.try_get()
     mode = (tracing and tracing.fake_mode) or internals.detect_fake_mode([value])
-    if isinstance(value, internals.FakeTensor):
+    if internals.is_fake(value):
         return value
     if mode is None or tracing is None:
         raise Unshippable("called outside of Dynamo with real inputs")
@@ -147,6 +151,17 @@ def _fake_input(value: Any) -> Any:
     return mode.from_tensor(
         value, symbolic_context=context, source=context.tensor_source if context else None, trace=False
     )
+
+
+def _check_subclass(cls: type) -> None:
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls.__module__.startswith("torch.distributed."):
+        raise Unshippable(f"an input is a {name}, whose process group a worker is not part of")
+    found: Any = sys.modules.get(cls.__module__) if cls.__module__ != "__main__" else None
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is not cls:
+        raise Unshippable(f"an input is a tensor subclass that a worker cannot import: {name}")
 
 
 def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None) -> GraphModule:
@@ -174,10 +189,14 @@ def _pickler() -> Any:
     class Pickler(internals.GraphPickler):
         """`GraphPickler`, for every fake tensor: it forgets that a view's base and a parameter's `.grad` carry
         the FakeTensorMode too, which does not pickle. Unpickling gives the base its new mode; nothing reads
-        the grad.
+        the grad. A tensor subclass is its parts and their context.
         """
 
         def reducer_override(self, obj: object) -> Any:
+            if isinstance(obj, torch.Tensor) and internals.is_traceable_wrapper_subclass(obj):
+                names, context = obj.__tensor_flatten__()
+                parts = {name: getattr(obj, name) for name in names}
+                return _join, (type(obj), parts, context, obj.shape, obj.stride(), obj.requires_grad)
             reduced: tuple[Callable[..., Any], tuple[Any, ...]] = super().reducer_override(obj)
             if isinstance(obj, internals.FakeTensor):
                 described = reduced[1][0]
@@ -190,3 +209,10 @@ def _pickler() -> Any:
             return reduced
 
     return Pickler
+
+
+def _join(
+    cls: Any, parts: dict[str, torch.Tensor], context: Any, size: Any, stride: Any, requires_grad: bool
+) -> torch.Tensor:
+    joined: torch.Tensor = cls.__tensor_unflatten__(parts, context, size, stride)
+    return joined.requires_grad_(requires_grad)
