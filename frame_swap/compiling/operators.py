@@ -3,11 +3,12 @@
 The kernel stays where it is: compiled code calls the operator by name, in the calling process. A compile needs
 the rest: schema and tags, the fake implementation, the formula of the gradient. Two ways lead there.
 
-- By value, where that can be: the functions that define the operator travel with the graph, with what they read.
-  They are what they are at capture, be they from `__main__`, a notebook, the inside of a function or a module.
-- By import, for what cannot be read back: operators of C++, kernels for Autograd and the like that were registered
-  straight with the dispatcher, functions that hold what cannot be pickled. The worker imports the module, or loads
-  the library, and compares: an import is believed only if it leads to the same registrations and functions.
+- By import: the worker imports the module that defines the operator, or loads its C++ library, and compares. An
+  import is believed only if it leads to the same registrations and the same functions, down to what these read.
+- By value: the functions that define the operator travel with the graph, with what they read. That serves what
+  `__main__`, a notebook or the inside of a function defines, and what has changed since it was imported. Only what
+  `torch.library` keeps can be sent so. A gradient that was registered straight with the dispatcher cannot be read
+  back, and leaving it out would give wrong gradients.
 
 Guarantees:
 - In a worker an operator is what it was in the program at capture, or the compile fails and says what to do.
@@ -108,17 +109,16 @@ class Definition:
 
     Attributes:
         name: "namespace::operator", with ".overload" where it has one.
-        identity: digest of all that `torch.library` and the dispatcher know of it, but for captured values.
-        recipe: its definition by value, pickled; or why there is none.
-        modules: imported where there is no recipe.
-        libraries: C++ libraries, loaded where the modules were not enough.
+        identity: digest of all that `torch.library` and the dispatcher know of it.
+        modules, libraries: imported and loaded, one after the other, until the operator is here.
+        recipe: its definition by value, pickled, where they are not enough; or why there is none.
     """
 
     name: str
     identity: str
-    recipe: bytes | str
     modules: tuple[str, ...]
     libraries: tuple[str, ...]
+    recipe: bytes | str
 
     def install(self) -> None:
         """Define this operator in this process, or see that it is defined.
@@ -126,30 +126,29 @@ class Definition:
         Raises:
             MissingOperator: neither can be done.
         """
-        if self._is_here():
-            return
-        if isinstance(self.recipe, str):
-            self._import(self.recipe)
-            return
-        try:
-            pickle.loads(self.recipe).define(self.name)
-        except Exception as error:
-            raise MissingOperator(f"operator {self.name} cannot be defined again: {first_line(error)}") from error
-        _defined[self.name] = self.recipe, _lookup(self.name)
-
-    def _import(self, why_no_recipe: str) -> None:
         tried = []
-        steps: list[tuple[str, Callable[[str], Any]]] = [(name, importlib.import_module) for name in self.modules]
-        steps += [(path, torch.ops.load_library) for path in self.libraries]
-        for what, step in steps:
+        for what, step in self._imports():
+            if self._is_here():
+                return
             try:
                 step(what)
                 tried.append(f"{what} does not define it as it is in the program")
             except BaseException as error:  # a module that ends its program, too
                 tried.append(f"{what} cannot be imported ({first_line(error)})")
-            if self._is_here():
-                return
-        raise MissingOperator(f"operator {self.name}: {'; '.join((why_no_recipe, *tried))}: {_ADVICE}")
+        if self._is_here():
+            return
+        if isinstance(self.recipe, str):
+            raise MissingOperator(f"operator {self.name}: {'; '.join((*tried, self.recipe))}: {_ADVICE}")
+        try:
+            pickle.loads(self.recipe).define(self.name)
+        except Exception as error:
+            reason = "; ".join((*tried, first_line(error)))
+            raise MissingOperator(f"operator {self.name} cannot be defined here: {reason}: {_ADVICE}") from error
+        _defined[self.name] = self.recipe, _lookup(self.name)
+
+    def _imports(self) -> Iterator[tuple[str, Callable[[str], Any]]]:
+        yield from ((name, importlib.import_module) for name in self.modules)
+        yield from ((path, torch.ops.load_library) for path in self.libraries)
 
     def _is_here(self) -> bool:
         operator = _lookup(self.name)
@@ -187,7 +186,10 @@ def _describe(operator: OpOverload, found: dict[str, Definition], within: tuple[
         if not (modules or libraries):
             raise Unshippable(f"a custom operator that a worker cannot be given, {name}: {error}") from error
         recipe = str(error)
-    found[name] = Definition(name, _identity(operator), recipe, modules, libraries)
+    else:
+        if _is_local(operator):
+            modules = ()  # importing the module would not define it
+    found[name] = Definition(name, _identity(operator), modules, libraries, recipe)
 
 
 # By value
@@ -424,6 +426,14 @@ def _modules(operator: OpOverload) -> Iterator[str]:
         importable = getattr(sys.modules.get(name), "__spec__", None) is not None
         if importable and name.partition(".")[0] not in ("torch", "__main__", "builtins"):
             yield name
+
+
+def _is_local(operator: OpOverload) -> bool:
+    """Whether `__main__` defines the operator, or what a function made."""
+    definition = internals.custom_op_def(operator)
+    functions = [function for _, function in _functions(operator)] + ([definition._init_fn] if definition else [])
+    own = [f for f in functions if f.__module__.partition(".")[0] != "torch"]
+    return any(f.__module__ == "__main__" or "<locals>" in f.__qualname__ for f in own)
 
 
 def _libraries(operator: OpOverload) -> Iterator[str]:
