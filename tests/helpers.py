@@ -159,6 +159,8 @@ def through_swap(*makes: Make, device: str, wrap: Wrap = with_frame_swap) -> lis
 
 def _uneven(output: Tensor) -> Tensor:
     """A gradient that differs from element to element, so that mixed-up elements show."""
+    if is_traceable_wrapper_subclass(output):
+        return torch.ones_like(output)  # of the same class
     weights = torch.linspace(0.5, 1.5, output.numel(), device=output.device)
     return weights.to(output.dtype).reshape(output.shape)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import Make, Subject, Twins, Wrap, swap_all, through_swap, wait_for_all
+from helpers import Make, Subject, Twins, Wrap, through_swap
 from torch import Tensor, nn
 from torch.library import Library, custom_op
 from torch.testing._internal.two_tensor import TwoTensor
@@ -373,3 +373,245 @@ def random_numbers_of_eager(compiled: Wrap) -> Subject:
         return nn.functional.dropout(x) + torch.rand_like(x) * torch.randn(4, device=x.device)
 
     return Subject(compiled(function, options={"fallback_random": True}), [rand_with_grad])
+
+
+# Programs and modules
+
+
+PROGRAM = """
+import torch
+import frame_swap
+
+FACTOR = 3.0
+
+def gradient_factor():
+    return FACTOR
+
+@torch.library.custom_op("here::triple", mutates_args=())
+def triple(x: torch.Tensor) -> torch.Tensor:
+    return x * FACTOR
+
+@triple.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+triple.register_autograd(lambda ctx, grad: grad * gradient_factor())
+
+torch.library.define("here::twice", "(Tensor x) -> Tensor")
+torch.library.impl("here::twice", "default", lambda x: x * 2)
+torch.library.register_fake("here::twice", lambda x: torch.empty_like(x))
+
+print("main runs")
+frame_swap.configure(when="wait")
+x = torch.rand(5, requires_grad=True)
+y = torch.compile(lambda x: triple(torch.ops.here.twice(x.detach()) + x.sin()), backend="frame_swap")(x)
+torch.testing.assert_close(y, (x.detach() * 2 + x.sin()) * 3)
+y.sum().backward()
+torch.testing.assert_close(x.grad, x.detach().cos() * 3)
+(region,) = frame_swap.report().regions
+assert (region.state, region.pair_calls) == ("installed", 0), region.reason
+"""
+
+
+def test_operators_of_main(run_program: Any) -> None:
+    assert run_program(PROGRAM).stdout == "main runs\n"
+
+
+def test_operators_of_a_script(run_program: Any, tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    assert (
+        run_program(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')").stdout == "main runs\n"
+    )
+
+
+MODULE = """
+import torch
+from torch.library import Library
+
+LIBRARY = Library("{name}", "DEF")
+LIBRARY.define("double(Tensor x) -> Tensor")
+LIBRARY.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
+torch.library.register_fake("{name}::double", lambda x: torch.empty_like(x), lib=LIBRARY)
+torch.library.register_autograd("{name}::double", lambda ctx, grad: grad * 2, lib=LIBRARY)
+LIBRARY.define("composite(Tensor x) -> Tensor")
+LIBRARY.impl("composite", lambda x: x.sin() + 1)
+"""
+
+
+def test_a_module_that_registers_with_the_dispatcher_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    (tmp_path / "shipping_module.py").write_text(MODULE.format(name="shipping_module"))
+    monkeypatch.syspath_prepend(tmp_path)  # the workers run already, and have to learn of it
+    importlib.import_module("shipping_module")
+    operators = torch.ops.shipping_module
+    through_swap(
+        lambda compiled: Subject(compiled(lambda x: operators.composite(operators.double(x))), [rand_with_grad]),
+        device=device,
+    )
+
+
+def test_a_module_that_has_changed_since_it_was_imported_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "shipping_changed.py"
+    file.write_text(MODULE.format(name="shipping_changed"))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("shipping_changed")
+    file.write_text("\n" + MODULE.format(name="shipping_changed"))
+    frame_swap.configure(when="manual")
+    torch.compile(lambda x: torch.ops.shipping_changed.double(x), backend="frame_swap")(torch.rand(3))
+    (region,) = frame_swap.wait().regions
+    assert region.state is State.FAILED
+    assert "shipping_changed does not define it as it is in the program" in region.reason
+
+
+def test_a_redefinition_reaches_the_worker(device: str) -> None:
+    def subject(factor: float) -> Make:
+        def make(compiled: Wrap) -> Subject:
+            @custom_op("shipping::redefined", mutates_args=())
+            def redefined(x: Tensor) -> Tensor:
+                return x * factor
+
+            redefined.register_fake(torch.empty_like)
+            redefined.register_autograd(lambda ctx, grad: grad * factor)
+            return Subject(compiled(lambda x: redefined(x).sin()), [rand_with_grad])
+
+        return make
+
+    through_swap(subject(2.0), device=device)
+    torch._dynamo.reset()
+    frame_swap.region._regions.clear()
+    through_swap(subject(5.0), device=device)
+
+
+SETTING = 2.0
+
+
+@custom_op("shipping::as_set", mutates_args=())
+def as_set(x: Tensor) -> Tensor:
+    return x * SETTING
+
+
+as_set.register_fake(torch.empty_like)
+as_set.register_autograd(lambda ctx, grad: grad * SETTING)
+
+
+def test_what_a_definition_reads_is_what_it_is_at_capture(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "SETTING", 7.0)
+    through_swap(lambda compiled: Subject(compiled(lambda x: as_set(x).sin()), [rand_with_grad]), device=device)
+
+
+# What stays
+
+
+def foreground(make: Make, device: str) -> Region:
+    """Compare the twins; return the one region, which stock Inductor compiled here, once."""
+    twins = Twins(make, device)
+    for stage in ("at", "after"):
+        twins.check(stage)
+    (region,) = frame_swap.report().regions
+    assert region.state is State.FOREGROUND
+    assert region.compile_s is not None
+    assert region.pair_calls == 0
+    return region
+
+
+def test_an_operator_whose_gradient_is_the_dispatchers_stays(device: str) -> None:
+    library = Library("shipping_dispatcher", "DEF")
+    library.define("double(Tensor x) -> Tensor")
+    library.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
+    torch.library.register_fake("shipping_dispatcher::double", torch.empty_like, lib=library)
+    torch.library.register_autograd("shipping_dispatcher::double", lambda ctx, grad: grad * 2, lib=library)
+
+    def make(compiled: Wrap) -> Subject:
+        return Subject(compiled(lambda x: torch.ops.shipping_dispatcher.double(x.sin())), [rand_with_grad])
+
+    region = foreground(make, device)
+    assert "shipping_dispatcher::double: its registration for Autograd cannot be read back" in region.reason
+
+
+def test_an_operator_that_holds_a_tensor_stays(device: str) -> None:
+    held = torch.ones(4)
+
+    @custom_op("shipping::holds", mutates_args=())
+    def holds(x: Tensor) -> Tensor:
+        return x * 2
+
+    holds.register_fake(lambda x: x.new_empty(x.shape[0], held.shape[0]))
+    region = foreground(lambda compiled: Subject(compiled(lambda x: holds(x.sin())), [rand]), device)
+    assert "shipping::holds: its definition holds a tensor" in region.reason
+
+
+def test_an_operator_that_holds_a_lock_stays(device: str) -> None:
+    lock = threading.Lock()
+
+    @custom_op("shipping::locks", mutates_args=())
+    def locks(x: Tensor) -> Tensor:
+        return x * 2
+
+    @locks.register_fake
+    def _(x: Tensor) -> Tensor:
+        with lock:
+            return torch.empty_like(x)
+
+    region = foreground(lambda compiled: Subject(compiled(lambda x: locks(x.sin())), [rand]), device)
+    assert "shipping::locks: its definition cannot be pickled" in region.reason
+
+
+class Local(TwoTensor):
+    """Of a module that a worker cannot import."""
+
+
+def test_a_subclass_that_cannot_be_imported_stays(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Local, "__module__", "__main__")
+    inputs = [lambda: (Local(torch.rand(3), torch.rand(3)),)]
+    region = foreground(lambda compiled: Subject(compiled(lambda x: x.sin() * 2), inputs), device)
+    assert region.reason == "an input is a tensor subclass that a worker cannot import: __main__.Local"
+
+
+def test_a_sparse_input_stays(device: str) -> None:
+    def make(compiled: Wrap) -> Subject:
+        return Subject(compiled(lambda x, y: (x @ y).sin()), [lambda: (torch.eye(6).to_sparse(), *rand())])
+
+    assert foreground(make, device).reason == "an input has layout torch.sparse_coo"
+
+
+def test_parameters_in_the_graph_stay(device: str) -> None:
+    model = nn.Linear(4, 4)
+
+    def make(compiled: Wrap) -> Subject:
+        return Subject(compiled(model), [rand], model)
+
+    with torch._dynamo.config.patch(inline_inbuilt_nn_modules=False):
+        region = foreground(make, device)
+    assert region.reason == "the graph holds parameters or buffers instead of taking them as inputs"
+
+
+def test_freezing_stays(device: str) -> None:
+    model = nn.Linear(4, 4).eval()
+
+    def make(compiled: Wrap) -> Subject:
+        return Subject(torch.no_grad()(compiled(model, options={"freezing": True})), [rand])
+
+    assert foreground(make, device).reason == "freezing bakes the parameters' values into the code"
+
+
+def test_options_that_do_not_pickle_stay(device: str) -> None:
+    def make(compiled: Wrap) -> Subject:
+        return Subject(
+            compiled(lambda x: x.sin(), options={"post_grad_custom_pre_pass": lambda graph: None}), [rand]
+        )
+
+    assert "config post_grad_custom_pre_pass cannot be pickled" in foreground(make, device).reason
+
+
+@torch.compiler.allow_in_graph
+def opaque_to_dynamo(x: Tensor) -> Tensor:
+    return x.sin() + 1
+
+
+def test_a_function_of_the_programs_in_the_graph_stays(device: str) -> None:
+    make: Make = lambda compiled: Subject(compiled(lambda x: opaque_to_dynamo(x) * 2), [rand_with_grad])  # noqa: E731
+    assert "opaque_to_dynamo" in foreground(make, device).reason

@@ -303,8 +303,8 @@ def _recipe(operator: OpOverload) -> CustomOp | LibraryOp:
 def _pickle(recipe: CustomOp | LibraryOp, operator: OpOverload) -> tuple[bytes, list[OpOverload]]:
     """A recipe as bytes, and the custom operators that its functions name."""
     with io.BytesIO() as stream, ExitStack() as stack:
-        for name in {function.__module__ for _, function in _functions(operator)}:
-            if name in sys.modules and name.partition(".")[0] not in ("torch", "__main__", "builtins"):
+        for name in {_module(function) for _, function in _functions(operator)}:
+            if _is_importable(name) and not _is_torch(name):
                 stack.enter_context(_by_value(sys.modules[name]))
         pickler = _Pickler(stream)
         try:
@@ -415,25 +415,34 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 def _modules(operator: OpOverload) -> Iterator[str]:
     """The modules that may define an operator, the likeliest first."""
-    named = [function.__module__ for _, function in _functions(operator)]
+    named = [_module(function) for _, function in _functions(operator)]
     definition = internals.custom_op_def(operator)
     if definition is not None:
-        named.append(definition._init_fn.__module__)
+        named.append(_module(definition._init_fn))
     by_file = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
     named += [by_file[file] for file in internals.registered_at(operator) if file in by_file]
     named += [name for name in (internals.stub_module(operator), operator.namespace) if name]
-    for name in dict.fromkeys(named):
-        importable = getattr(sys.modules.get(name), "__spec__", None) is not None
-        if importable and name.partition(".")[0] not in ("torch", "__main__", "builtins"):
-            yield name
+    yield from (name for name in dict.fromkeys(named) if _is_importable(name) and not _is_torch(name))
 
 
 def _is_local(operator: OpOverload) -> bool:
     """Whether `__main__` defines the operator, or what a function made."""
     definition = internals.custom_op_def(operator)
     functions = [function for _, function in _functions(operator)] + ([definition._init_fn] if definition else [])
-    own = [f for f in functions if f.__module__.partition(".")[0] != "torch"]
-    return any(f.__module__ == "__main__" or "<locals>" in f.__qualname__ for f in own)
+    own = [f for f in functions if not _is_torch(_module(f))]
+    return any(_module(f) == "__main__" or "<locals>" in getattr(f, "__qualname__", "") for f in own)
+
+
+def _module(function: Any) -> str:
+    return getattr(function, "__module__", None) or ""
+
+
+def _is_torch(module: str) -> bool:
+    return module.partition(".")[0] == "torch"
+
+
+def _is_importable(module: str) -> bool:
+    return module != "__main__" and getattr(sys.modules.get(module), "__spec__", None) is not None
 
 
 def _libraries(operator: OpOverload) -> Iterator[str]:
@@ -475,7 +484,7 @@ def _text(value: Any, seen: set[int]) -> str:
     if id(value) in seen:
         return value.__qualname__
     seen.add(id(value))
-    if value.__module__.partition(".")[0] == "torch":
+    if _is_torch(_module(value)):
         return value.__qualname__
     cells = [_text(cell.cell_contents, seen) for cell in value.__closure__ or ()]
     names = sorted({name for name in _names(value.__code__) if name in value.__globals__})
