@@ -114,6 +114,7 @@ __all__ = [
     "stock_inductor",
     "stub_module",
     "tracing",
+    "triton_kernel_wrapper_mutation",
     "version_checked",
 ]
 

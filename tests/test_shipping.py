@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from helpers import Make, Subject, Twins, Wrap, through_swap
@@ -16,7 +18,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import frame_swap
-from frame_swap import Region, State
+from frame_swap import Region, State, internals, region
+from frame_swap.compiling import ship, triton_kernels
 
 SHIPPED: list[Make] = []
 
@@ -216,6 +219,44 @@ def custom_operator_under_vmap(compiled: Wrap) -> Subject:
     return Subject(compiled(lambda x: torch.vmap(cast)(x).sum()), [rand])
 
 
+@custom_op("shipping::note", mutates_args=())
+def note(x: Tensor) -> None:
+    pass
+
+
+note.register_fake(lambda x: None)
+note.register_effect(torch._library.effects.EffectType.ORDERED)
+
+
+@shipped
+def custom_operator_with_an_effect(compiled: Wrap) -> Subject:
+    def function(x: Tensor) -> Tensor:
+        note(x)
+        y = x.sin()
+        note(y)
+        return y
+
+    return Subject(compiled(function), [rand])
+
+
+@custom_op("shipping::ramp", mutates_args=(), device_types="cpu")
+def ramp(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device)
+
+
+@ramp.register_kernel("cuda")
+def _(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device)
+
+
+ramp.register_fake(lambda n, device: torch.empty(n, dtype=torch.int64, device=device))
+
+
+@shipped
+def custom_operator_that_makes_a_tensor(compiled: Wrap) -> Subject:
+    return Subject(compiled(lambda x: x * ramp(4, x.device)), [rand])
+
+
 @torch.library.triton_op("shipping::decomposed", mutates_args=())
 def decomposed(x: Tensor) -> Tensor:
     return x.sin() * 2
@@ -364,6 +405,12 @@ def constants_made_in_the_graph(compiled: Wrap) -> Subject:
     return Subject(compiled(lambda x: x * torch.tensor([1.0, 2.0, 3.0, 4.0])), [rand_with_grad])
 
 
+@shipped
+def numpy_functions(compiled: Wrap) -> Subject:
+    function = compiled(lambda x: numpy.sin(x) + numpy.arange(4, dtype="float32"))
+    return Subject(lambda: torch.as_tensor(function(numpy.ones((6, 4), "float32"))), [lambda: ()])
+
+
 # Random numbers
 
 
@@ -462,9 +509,9 @@ def test_a_module_that_has_changed_since_it_was_imported_is_not_believed(
     file.write_text("\n" + MODULE.format(name="shipping_changed"))
     frame_swap.configure(when="manual")
     torch.compile(lambda x: torch.ops.shipping_changed.double(x), backend="frame_swap")(torch.rand(3))
-    (region,) = frame_swap.wait().regions
-    assert region.state is State.FAILED
-    assert "shipping_changed does not define it as it is in the program" in region.reason
+    (one,) = frame_swap.wait().regions
+    assert one.state is State.FAILED
+    assert "shipping_changed does not define it as it is in the program" in one.reason
 
 
 def test_a_redefinition_reaches_the_worker(device: str) -> None:
@@ -482,7 +529,7 @@ def test_a_redefinition_reaches_the_worker(device: str) -> None:
 
     through_swap(subject(2.0), device=device)
     torch._dynamo.reset()
-    frame_swap.region._regions.clear()
+    region._regions.clear()
     through_swap(subject(5.0), device=device)
 
 
@@ -511,25 +558,25 @@ def foreground(make: Make, device: str) -> Region:
     twins = Twins(make, device)
     for stage in ("at", "after"):
         twins.check(stage)
-    (region,) = frame_swap.report().regions
-    assert region.state is State.FOREGROUND
-    assert region.compile_s is not None
-    assert region.pair_calls == 0
-    return region
+    (one,) = frame_swap.report().regions
+    assert one.state is State.FOREGROUND
+    assert one.compile_s is not None
+    assert one.pair_calls == 0
+    return one
 
 
 def test_an_operator_whose_gradient_is_the_dispatchers_stays(device: str) -> None:
     library = Library("shipping_dispatcher", "DEF")
     library.define("double(Tensor x) -> Tensor")
     library.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
-    torch.library.register_fake("shipping_dispatcher::double", torch.empty_like, lib=library)
+    torch.library.register_fake("shipping_dispatcher::double", lambda x: torch.empty_like(x), lib=library)
     torch.library.register_autograd("shipping_dispatcher::double", lambda ctx, grad: grad * 2, lib=library)
 
     def make(compiled: Wrap) -> Subject:
         return Subject(compiled(lambda x: torch.ops.shipping_dispatcher.double(x.sin())), [rand_with_grad])
 
-    region = foreground(make, device)
-    assert "shipping_dispatcher::double: its registration for Autograd cannot be read back" in region.reason
+    stayed = foreground(make, device)
+    assert "shipping_dispatcher::double: its registration for Autograd cannot be read back" in stayed.reason
 
 
 def test_an_operator_that_holds_a_tensor_stays(device: str) -> None:
@@ -540,8 +587,8 @@ def test_an_operator_that_holds_a_tensor_stays(device: str) -> None:
         return x * 2
 
     holds.register_fake(lambda x: x.new_empty(x.shape[0], held.shape[0]))
-    region = foreground(lambda compiled: Subject(compiled(lambda x: holds(x.sin())), [rand]), device)
-    assert "shipping::holds: its definition holds a tensor" in region.reason
+    stayed = foreground(lambda compiled: Subject(compiled(lambda x: holds(x.sin())), [rand]), device)
+    assert "shipping::holds: its definition holds a tensor" in stayed.reason
 
 
 def test_an_operator_that_holds_a_lock_stays(device: str) -> None:
@@ -556,37 +603,44 @@ def test_an_operator_that_holds_a_lock_stays(device: str) -> None:
         with lock:
             return torch.empty_like(x)
 
-    region = foreground(lambda compiled: Subject(compiled(lambda x: locks(x.sin())), [rand]), device)
-    assert "shipping::locks: its definition cannot be pickled" in region.reason
-
-
-class Local(TwoTensor):
-    """Of a module that a worker cannot import."""
+    stayed = foreground(lambda compiled: Subject(compiled(lambda x: locks(x.sin())), [rand]), device)
+    assert "shipping::locks: its definition cannot be pickled" in stayed.reason
 
 
 def test_a_subclass_that_cannot_be_imported_stays(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Local, "__module__", "__main__")
-    inputs = [lambda: (Local(torch.rand(3), torch.rand(3)),)]
-    region = foreground(lambda compiled: Subject(compiled(lambda x: x.sin() * 2), inputs), device)
-    assert region.reason == "an input is a tensor subclass that a worker cannot import: __main__.Local"
+    monkeypatch.setattr(TwoTensor, "__module__", "__main__")
+    inputs = [lambda: (TwoTensor(torch.rand(3), torch.rand(3)),)]
+    stayed = foreground(lambda compiled: Subject(compiled(lambda x: x.sin() * 2), inputs), device)
+    assert stayed.reason == "an input is a tensor subclass that a worker cannot import: __main__.TwoTensor"
 
 
-def test_a_sparse_input_stays(device: str) -> None:
+def test_nested_tensors_stay(device: str) -> None:
+    def call(compiled: Wrap) -> Subject:
+        function = compiled(lambda x: x.sin() * 2)
+        nested = torch.nested.nested_tensor([torch.rand(2, 3), torch.rand(4, 3)], layout=torch.jagged)
+        return Subject(lambda: function(nested).values(), [lambda: ()])
+
+    assert foreground(call, device).reason == "an input has layout torch.jagged"
+
+
+def test_a_sparse_input_is_left_to_eager_or_stays(device: str) -> None:
+    """Dynamo leaves such a frame to eager, or captures what cannot be shipped, depending on the version."""
+
     def make(compiled: Wrap) -> Subject:
         return Subject(compiled(lambda x, y: (x @ y).sin()), [lambda: (torch.eye(6).to_sparse(), *rand())])
 
-    assert foreground(make, device).reason == "an input has layout torch.sparse_coo"
+    Twins(make, device).check("without")
+    assert {r.state for r in frame_swap.report().regions} <= {State.FOREGROUND}, frame_swap.report()
 
 
-def test_parameters_in_the_graph_stay(device: str) -> None:
-    model = nn.Linear(4, 4)
+@torch._dynamo.assume_constant_result
+def weights() -> Tensor:
+    return torch.tensor([1.0, 2.0, 3.0, 4.0])
 
-    def make(compiled: Wrap) -> Subject:
-        return Subject(compiled(model), [rand], model)
 
-    with torch._dynamo.config.patch(inline_inbuilt_nn_modules=False):
-        region = foreground(make, device)
-    assert region.reason == "the graph holds parameters or buffers instead of taking them as inputs"
+def test_a_tensor_in_the_graph_stays(device: str) -> None:
+    stayed = foreground(lambda compiled: Subject(compiled(lambda x: x * weights()), [rand]), device)
+    assert stayed.reason == "the graph holds parameters or buffers instead of taking them as inputs"
 
 
 def test_freezing_stays(device: str) -> None:
@@ -615,3 +669,59 @@ def opaque_to_dynamo(x: Tensor) -> Tensor:
 def test_a_function_of_the_programs_in_the_graph_stays(device: str) -> None:
     make: Make = lambda compiled: Subject(compiled(lambda x: opaque_to_dynamo(x) * 2), [rand_with_grad])  # noqa: E731
     assert "opaque_to_dynamo" in foreground(make, device).reason
+
+
+# The program's own Triton kernels, with stand-ins; the real thing is in test_gpu.py
+
+
+class Kernel:
+    """As `triton.jit` makes them: the function is in `fn`, and it does not pickle."""
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+        self.lock = threading.RLock()
+
+
+@Kernel
+def kernel() -> None:
+    """What the decorator made is found under this name."""
+
+
+def launching(what: object, **constants: Any) -> torch.fx.GraphModule:
+    table = internals.kernel_side_table
+    graph = torch.fx.Graph()
+    indices = {"kernel_idx": table.add_kernel(what), "constant_args_idx": table.add_constant_args(constants)}
+    graph.call_function(internals.triton_kernel_wrapper_mutation, kwargs={**indices, "grid": [(1, 1, 1)]})
+    graph.output(())
+    return torch.fx.GraphModule({}, graph)
+
+
+def test_a_triton_kernel_is_imported_and_gets_an_index_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = launching(kernel, BLOCK=64)
+    sent = pickle.dumps(triton_kernels.kernels_of(gm))
+    table = type(internals.kernel_side_table)()  # a worker's, in which other kernels came first
+    monkeypatch.setattr(internals, "kernel_side_table", table)
+    table.reset_table()
+    table.add_kernel(object())
+    table.add_constant_args({})
+    pickle.loads(sent).register(gm)
+    (node, index, constants), *_ = triton_kernels._launches(gm)
+    assert node.kwargs["grid"] == [(1, 1, 1)]
+    assert (index, table.get_kernel(index)) == (1, kernel)
+    assert (constants, table.get_constant_args(constants)) == (1, {"BLOCK": 64})
+
+
+def test_a_triton_kernel_that_is_not_under_its_name_stays() -> None:
+    with pytest.raises(ship.Unshippable, match="is not what its module test_shipping has under that name"):
+        triton_kernels.kernels_of(launching(Kernel(kernel.fn)))
+
+
+def test_a_triton_kernel_of_main_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel.fn, "__module__", "__main__")
+    with pytest.raises(ship.Unshippable, match="in __main__, which a worker cannot import: move it to a module"):
+        triton_kernels.kernels_of(launching(kernel))
+
+
+def test_a_constant_of_a_triton_kernel_that_does_not_pickle_stays() -> None:
+    with pytest.raises(ship.Unshippable, match="an argument of Triton kernel kernel"):
+        triton_kernels.kernels_of(launching(kernel, LOCK=threading.Lock()))

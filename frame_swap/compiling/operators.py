@@ -174,7 +174,9 @@ def _describe(operator: OpOverload, found: dict[str, Definition], within: tuple[
     name = operator._name
     if name in found or name in within:  # an operator may occur in its own gradient
         return
-    modules, libraries = tuple(_modules(operator)), tuple(_libraries(operator))
+    local = _is_local(operator)  # then importing its module would not define it
+    modules = () if local else tuple(_modules(operator))
+    libraries = () if local else tuple(_libraries(operator))
     needed: dict[str, Definition] = dict(found)
     recipe: bytes | str
     try:
@@ -186,9 +188,6 @@ def _describe(operator: OpOverload, found: dict[str, Definition], within: tuple[
         if not (modules or libraries):
             raise Unshippable(f"a custom operator that a worker cannot be given, {name}: {error}") from error
         recipe = str(error)
-    else:
-        if _is_local(operator):
-            modules = ()  # importing the module would not define it
     found[name] = Definition(name, _identity(operator), modules, libraries, recipe)
 
 

@@ -27,6 +27,10 @@ from .triton_kernels import Kernels
 __all__ = ["Opened", "Parcel", "Unshippable", "open_parcel", "pack", "unpack_graph"]
 
 
+_TARGET = "frame_swap_target"
+"""Where a node keeps its target when that is an object: the graph's own pickler knows targets by name only."""
+
+
 class Parcel(NamedTuple):
     """A graph packed for a worker, and the process state that travels with it."""
 
@@ -79,6 +83,9 @@ def unpack_graph(graph: bytes) -> tuple[GraphModule, list[Any], Any]:
     mode = internals.FakeTensorMode(shape_env=internals.ShapeEnv())
     opened: Any = internals.GraphPickler.loads(graph, mode)
     gm, inputs = opened
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.target = node.meta.pop(_TARGET, node.target)
     gm.recompile()
     # Without these marks AOTAutograd takes the graph for a stranger's and forgets which inputs are static.
     gm.meta["dynamo_compile_id"] = None
@@ -172,6 +179,8 @@ def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None) -> GraphModule:
     values = iter(inputs or ())
     for old, new in nodes.items():
         new.meta = {}
+        if type(old.target).__module__ == "torch._dynamo.utils":  # an object around a function or method of NumPy's
+            new.meta[_TARGET], new.target = old.target, torch.add
         if old.op == "placeholder" and inputs is not None:
             new.meta["example_value"] = next(values)
             kind = old.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
