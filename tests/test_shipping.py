@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -239,13 +241,8 @@ def custom_operator_with_an_effect(compiled: Wrap) -> Subject:
     return Subject(compiled(function), [rand])
 
 
-@custom_op("shipping::ramp", mutates_args=(), device_types="cpu")
+@custom_op("shipping::ramp", mutates_args=(), device_types=("cpu", "cuda"))
 def ramp(n: int, device: torch.device) -> Tensor:
-    return torch.arange(n, device=device)
-
-
-@ramp.register_kernel("cuda")
-def _(n: int, device: torch.device) -> Tensor:
     return torch.arange(n, device=device)
 
 
@@ -464,12 +461,11 @@ def test_operators_of_main(run_program: Any) -> None:
     assert run_program(PROGRAM).stdout == "main runs\n"
 
 
-def test_operators_of_a_script(run_program: Any, tmp_path: Path) -> None:
+def test_operators_of_a_script(tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
-    assert (
-        run_program(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')").stdout == "main runs\n"
-    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "main runs\n"), done.stderr
 
 
 MODULE = """
@@ -548,6 +544,27 @@ as_set.register_autograd(lambda ctx, grad: grad * SETTING)
 def test_what_a_definition_reads_is_what_it_is_at_capture(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "SETTING", 7.0)
     through_swap(lambda compiled: Subject(compiled(lambda x: as_set(x).sin()), [rand_with_grad]), device=device)
+
+
+def test_a_module_whose_settings_a_worker_does_not_share_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shipping_setting.py").write_text("FACTOR = 2.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    setting = importlib.import_module("shipping_setting")
+
+    @custom_op("shipping::as_configured", mutates_args=())
+    def as_configured(x: Tensor) -> Tensor:
+        return x * setting.FACTOR
+
+    as_configured.register_fake(torch.empty_like)
+    as_configured.register_autograd(lambda ctx, grad: grad * setting.FACTOR)
+    setting.FACTOR = 9.0  # type: ignore[attr-defined]
+    frame_swap.configure(when="manual")
+    torch.compile(lambda x: as_configured(x), backend="frame_swap")(torch.rand(3, requires_grad=True))
+    (one,) = frame_swap.wait().regions
+    assert one.state is State.FAILED
+    assert "its functions read what is different in a worker" in one.reason
 
 
 # What stays

@@ -10,6 +10,8 @@ the rest: schema and tags, the fake implementation, the formula of the gradient.
   `torch.library` keeps can be sent so. A gradient that was registered straight with the dispatcher cannot be read
   back, and leaving it out would give wrong gradients.
 
+Either way the functions are compared in the end, with the globals, closures and settings that they read.
+
 Guarantees:
 - In a worker an operator is what it was in the program at capture, or the compile fails and says what to do.
 - A definition that changes between two compiles reaches a worker that knows the old one.
@@ -20,6 +22,7 @@ Guarantees:
 from __future__ import annotations
 
 import dataclasses
+import dis
 import hashlib
 import importlib
 import io
@@ -29,7 +32,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 import torch
@@ -109,13 +112,13 @@ class Definition:
 
     Attributes:
         name: "namespace::operator", with ".overload" where it has one.
-        identity: digest of all that `torch.library` and the dispatcher know of it.
+        identity: all that `torch.library` and the dispatcher know of it.
         modules, libraries: imported and loaded, one after the other, until the operator is here.
         recipe: its definition by value, pickled, where they are not enough; or why there is none.
     """
 
     name: str
-    identity: str
+    identity: Identity
     modules: tuple[str, ...]
     libraries: tuple[str, ...]
     recipe: bytes | str
@@ -144,7 +147,11 @@ class Definition:
         except Exception as error:
             reason = "; ".join((*tried, first_line(error)))
             raise MissingOperator(f"operator {self.name} cannot be defined here: {reason}: {_ADVICE}") from error
-        _defined[self.name] = self.recipe, _lookup(self.name)
+        operator = _lookup(self.name)
+        if operator is None or _identity(operator).functions != self.identity.functions:
+            reason = "its functions read what is different in a worker, such as a setting of a module"
+            raise MissingOperator(f"operator {self.name} cannot be defined here: {reason}")
+        _defined[self.name] = self.recipe, operator
 
     def _imports(self) -> Iterator[tuple[str, Callable[[str], Any]]]:
         yield from ((name, importlib.import_module) for name in self.modules)
@@ -213,12 +220,13 @@ class CustomOp:
         """Define the operator; in place of one that an earlier `custom_op` defined."""
         arguments = torch._C.parse_schema(name + self.schema).arguments
         mutated = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        first, *others = self.devices
+        named = [device for device in self.devices if device is not None]
+        first = named if len(named) == len(self.devices) else None
         operator = torch.library.custom_op(
             name, _no_kernel, mutates_args=mutated, schema=self.schema, tags=self.tags, device_types=first
         )
-        for device in others:
-            operator.register_kernel(device)(_no_kernel)
+        if named and first is None:
+            operator.register_kernel(named)(_no_kernel)
         if self.fake is not None:
             operator.register_fake(self.fake)
         if self.backward is not None:
@@ -449,11 +457,17 @@ def _libraries(operator: OpOverload) -> Iterator[str]:
         yield from sorted(torch.ops.loaded_libraries)
 
 
-def _identity(operator: OpOverload) -> str:
-    """A digest of an operator's schema, tags, registrations and functions; the same in each process."""
-    parts = [internals.registrations(operator), str(sorted(map(str, operator.tags)))]
-    parts += [f"{role} {_text(function, set())}" for role, function in _functions(operator)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+class Identity(NamedTuple):
+    """Digests, the same in each process: what the dispatcher has of an operator, and what its functions do."""
+
+    registrations: str
+    functions: str
+
+
+def _identity(operator: OpOverload) -> Identity:
+    registrations = internals.registrations(operator) + str(sorted(map(str, operator.tags)))
+    functions = [f"{role} {_text(function, set())}" for role, function in _functions(operator)]
+    return Identity(*(hashlib.sha256(t.encode()).hexdigest() for t in (registrations, "\n".join(functions))))
 
 
 def _functions(operator: OpOverload) -> list[tuple[str, Any]]:
@@ -472,26 +486,57 @@ def _functions(operator: OpOverload) -> list[tuple[str, Any]]:
     return [(role, function) for role, function in functions.items() if function is not None]
 
 
-def _text(value: Any, seen: set[int]) -> str:
-    """What a function does, as text: its code, and what that reads of its module and of the scopes around it."""
+def _text(value: Any, seen: set[int], names: frozenset[str] = frozenset()) -> str:
+    """What a function does, as text: its code, and what that reads of its module and of the scopes around it.
+
+    Of a module, the plain values that the code reads of it; of an object, its class. The rest comes with imports.
+
+    Args:
+        value: a function, or what one reads.
+        seen: ids of functions that are in the text, and of what is being looked into.
+        names: the names in the code that reads `value`.
+    """
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, (internals.CustomOpDef, OpOverload, OpOverloadPacket, OperatorByName)):
+        return "operator"
     value = getattr(value, "__func__", value)
-    if not isinstance(value, types.FunctionType):
-        # Of other things only plain data is looked into. The rest comes with the import.
-        if isinstance(value, tuple):
-            return str([_text(item, seen) for item in value])
-        return repr(value) if isinstance(value, _PLAIN) else type(value).__qualname__
     if id(value) in seen:
-        return value.__qualname__
+        return getattr(value, "__qualname__", "itself")
     seen.add(id(value))
-    if _is_torch(_module(value)):
-        return value.__qualname__
-    cells = [_text(cell.cell_contents, seen) for cell in value.__closure__ or ()]
-    names = sorted({name for name in _names(value.__code__) if name in value.__globals__})
-    reads = {name: _text(value.__globals__[name], seen) for name in names}
-    return f"{_code(value.__code__)} {_text(value.__defaults__, seen)} {cells} {reads}"
+    if isinstance(value, types.FunctionType):
+        return _function_text(value, seen)
+    if isinstance(value, (list, tuple)):
+        text = str([_text(item, seen) for item in value])
+    elif isinstance(value, (set, frozenset)):
+        text = str(sorted(_text(item, seen) for item in value))
+    elif isinstance(value, dict):
+        text = str(sorted((_text(k, seen), _text(v, seen)) for k, v in value.items()))
+    elif isinstance(value, types.ModuleType):
+        settings = [(n, vars(value)[n]) for n in sorted(names & set(vars(value)))]
+        text = f"{value.__name__} {[(n, s) for n, s in settings if isinstance(s, _PLAIN)]}"
+    else:
+        text = type(value).__qualname__
+    seen.discard(id(value))
+    return text
+
+
+def _function_text(function: types.FunctionType, seen: set[int]) -> str:
+    if _is_torch(_module(function)):
+        return function.__qualname__
+    code, values = function.__code__, function.__globals__
+    names = frozenset(_names(code))
+    reads = {n: _text(values[n], seen, names) for n in sorted(_globals_read(code)) if n in values}
+    cells = [_text(cell.cell_contents, seen, names) for cell in function.__closure__ or ()]
+    return f"{_code(code)} {_text(function.__defaults__, seen)} {cells} {reads}"
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _globals_read(code: types.CodeType) -> set[str]:
+    read = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return read.union(*(_globals_read(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 
 def _code(code: types.CodeType) -> str:
