@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import frame_swap
 from frame_swap import Region, State, internals, region
-from frame_swap.compiling import ship, triton_kernels
+from frame_swap.compiling import operators, ship, triton_kernels
 
 SHIPPED: list[Make] = []
 
@@ -275,8 +275,8 @@ torch.library.register_fake("shipping_library::minus", lambda x, y: torch.empty_
 
 @shipped
 def operators_of_torch_library(compiled: Wrap) -> Subject:
-    operators = torch.ops.shipping_library
-    return Subject(compiled(lambda x: operators.minus(operators.plus(x, x.sin()), x.cos())), [rand])
+    library = torch.ops.shipping_library
+    return Subject(compiled(lambda x: library.minus(library.plus(x, x.sin()), x.cos())), [rand])
 
 
 # Higher-order operators
@@ -488,9 +488,9 @@ def test_a_module_that_registers_with_the_dispatcher_is_imported(
     (tmp_path / "shipping_module.py").write_text(MODULE.format(name="shipping_module"))
     monkeypatch.syspath_prepend(tmp_path)  # the workers run already, and have to learn of it
     importlib.import_module("shipping_module")
-    operators = torch.ops.shipping_module
+    module = torch.ops.shipping_module
     through_swap(
-        lambda compiled: Subject(compiled(lambda x: operators.composite(operators.double(x))), [rand_with_grad]),
+        lambda compiled: Subject(compiled(lambda x: module.composite(module.double(x))), [rand_with_grad]),
         device=device,
     )
 
@@ -527,6 +527,28 @@ def test_a_redefinition_reaches_the_worker(device: str) -> None:
     torch._dynamo.reset()
     region._regions.clear()
     through_swap(subject(5.0), device=device)
+
+
+def test_every_kind_of_definition_can_be_sent_by_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_program: Any
+) -> None:
+    monkeypatch.setattr(operators, "_modules", lambda operator: ())
+    kinds = (square, power, add_into, halves, extremes, positive, cast, note, ramp, decomposed)
+    library = torch.ops.shipping_library
+    sent = operators.definitions(
+        [*(kind._opoverload for kind in kinds), library.plus.default, library.minus.default]
+    )
+    (tmp_path / "sent").write_bytes(pickle.dumps(sent))
+    program = f"""
+        import pickle, sys, torch
+        with open({str(tmp_path / "sent")!r}, "rb") as file:
+            definitions = pickle.load(file)
+        definitions.install()
+        definitions.install()
+        assert "test_shipping" not in sys.modules
+        print([part.shape[0] for part in torch.ops.shipping.halves(torch.empty(6, device="meta"))])
+    """
+    assert run_program(program).stdout == "[3, 3]\n"
 
 
 SETTING = 2.0
