@@ -337,13 +337,10 @@ def scan(compiled: Wrap) -> Subject:
 def flex_attention(compiled: Wrap) -> Subject:
     from torch.nn.attention.flex_attention import flex_attention
 
-    def function(q: Tensor, k: Tensor) -> Tensor:
-        return flex_attention(q, k, k, score_mod=lambda score, b, h, i, j: score + 0.1 * (i - j))
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + 0.1 * (i - j))
 
-    with torch.no_grad():
-        return Subject(
-            torch.no_grad()(compiled(function)), [lambda: (torch.rand(1, 2, 128, 16), torch.rand(1, 2, 128, 16))]
-        )
+    return Subject(torch.no_grad()(compiled(function)), [lambda: tuple(torch.rand(3, 1, 2, 128, 16))])
 
 
 @shipped
