@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 import frame_swap
@@ -158,13 +159,16 @@ def through_swap(*makes: Make, device: str, wrap: Wrap = with_frame_swap) -> lis
 
 def _uneven(output: Tensor) -> Tensor:
     """A gradient that differs from element to element, so that mixed-up elements show."""
+    if is_traceable_wrapper_subclass(output):
+        return torch.ones_like(output)  # of the same class
     weights = torch.linspace(0.5, 1.5, output.numel(), device=output.device)
     return weights.to(output.dtype).reshape(output.shape)
 
 
 def _aliases(outputs: Any, args: Any) -> list[tuple[int, int, int]]:
     """For each tensor: which one it is, whose memory it shares, and from where on."""
-    tensors = [t for t in tensors_in((outputs, args)) if t.layout is torch.strided]
+    plain = (t for t in tensors_in((outputs, args)) if not is_traceable_wrapper_subclass(t))
+    tensors = [t for t in plain if t.layout is torch.strided]
     objects = [id(t) for t in tensors]
     memories = [t.untyped_storage().data_ptr() for t in tensors]
     return [

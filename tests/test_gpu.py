@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import Subject, Wrap, through_swap
 
 import frame_swap
 from frame_swap import State
@@ -100,3 +103,32 @@ def test_cuda_graphs_of_reduce_overhead(train: bool) -> None:
     for _ in range(5):  # warms up, records, replays
         torch.testing.assert_close(run(compiled), expected, rtol=1e-3, atol=1e-4)
     assert [r.state for r in frame_swap.report().regions] == [State.INSTALLED]
+
+
+KERNELS = """
+import torch
+import triton
+from triton import language as tl
+
+@triton.jit
+def add(x, y, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(x + at, at < n) + tl.load(y + at, at < n), at < n)
+
+def added(x, y):
+    out = torch.empty_like(x)
+    add[(triton.cdiv(x.numel(), 128),)](x, y, out, x.numel(), BLOCK=128)
+    return out
+"""
+
+
+def test_a_triton_kernel_of_the_programs_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernels_of_the_program.py").write_text(KERNELS)
+    monkeypatch.syspath_prepend(tmp_path)
+    added = importlib.import_module("kernels_of_the_program").added
+
+    def make(compiled: Wrap) -> Subject:
+        inputs = [lambda: (torch.rand(1000), torch.rand(1000))]
+        return Subject(compiled(lambda x, y: added(x.sin(), y) * 2), inputs)
+
+    through_swap(make, device="cuda")

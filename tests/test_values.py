@@ -28,7 +28,6 @@ from helpers import (
 from torch import Tensor, nn
 
 import frame_swap
-from frame_swap import State
 
 BFLOAT16 = {"rtol": 2e-2, "atol": 2e-2}
 """bfloat16 keeps 8 bits; Inductor leaves out the roundings between the operations that it fuses."""
@@ -391,36 +390,6 @@ def test_dropout_draws_eagers_numbers_where_asked_to(device: str) -> None:
 
     with torch._inductor.config.patch(fallback_random=True):
         through_swap(dropout, device=device)
-
-
-# Compiled in the foreground, and right
-
-
-@torch.library.custom_op("frame_swap_tests::double", mutates_args=())
-def double(x: Tensor) -> Tensor:
-    return x * 2
-
-
-@double.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-def test_a_custom_operator(device: str) -> None:
-    Twins(lambda compiled: Subject(compiled(lambda x: double(x) + 1), [rand]), device).check("without")
-    (region,) = frame_swap.report().regions
-    assert region.state is State.FOREGROUND
-    assert "custom operator" in region.reason
-    assert "frame_swap_tests" in region.reason
-
-
-def test_a_sparse_input(device: str) -> None:
-    def total(compiled: Wrap) -> Subject:
-        return Subject(compiled(lambda x, y: (x @ y).sin()), [lambda: (torch.eye(6).to_sparse(), *rand())])
-
-    Twins(total, device).check("without")
-    # Dynamo leaves such a frame to eager, or captures what cannot be shipped, depending on the version.
-    assert {r.state for r in frame_swap.report().regions} <= {State.FOREGROUND}, frame_swap.report()
 
 
 def chunks(n: int) -> Callable[[], tuple[Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -48,6 +49,7 @@ class ProcessState:
     configs: dict[str, dict[str, Any]]
     environment: dict[str, str]
     audience: Audience
+    search_path: tuple[str, ...]
 
     @classmethod
     def capture(cls, devices: set[str]) -> ProcessState:
@@ -78,6 +80,7 @@ class ProcessState:
             configs=configs,
             environment={k: v for k, v in os.environ.items() if k.startswith(_SHIPPED_ENVIRONMENT)},
             audience=Audience.capture(),
+            search_path=tuple(map(os.path.abspath, sys.path)),  # "" is the current directory
         )
 
     @contextlib.contextmanager
@@ -104,6 +107,8 @@ class ProcessState:
         torch.set_num_threads(self.threads)
         for (owner, name), value in zip(_FLAGS, self.flags, strict=True):
             setattr(owner, name, value)
+        here = set(map(os.path.abspath, sys.path))
+        sys.path.extend(entry for entry in self.search_path if entry not in here)
         for kind, value in zip(_ATTENTION, self.attention, strict=True):
             getattr(torch.backends.cuda, f"enable_{kind}_sdp")(value)
         with (

@@ -9,25 +9,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import sympy
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule
 
 from .. import internals
+from . import operators, triton_kernels
+from .operators import Definitions
 from .process_state import ProcessState
+from .refusal import Unshippable, first_line
+from .triton_kernels import Kernels
 
-# Operators that every process has which has imported torch.
-_TORCH_NAMESPACES = frozenset(
-    ("aten", "prim", "prims", "higher_order", "inductor", "quantized", "_quantized", "quantized_decomposed")
-    + ("mkldnn", "onednn", "mkl", "profiler", "debugprims", "fsdp", "_c10d_functional", "_dtensor", "streams")
-)
+__all__ = ["Opened", "Parcel", "Unshippable", "open_parcel", "pack", "unpack_graph"]
 
 
-class Unshippable(Exception):
-    """This graph cannot be compiled in another process; the message says why, for the report."""
+_TARGET = "frame_swap_target"
+"""Where a node keeps its target when that is an object: the graph's own pickler knows targets by name only."""
 
 
 class Parcel(NamedTuple):
@@ -35,6 +37,17 @@ class Parcel(NamedTuple):
 
     data: bytes
     state: ProcessState
+
+
+class Opened(NamedTuple):
+    """The outer layer of a parcel: state and definitions must be in force before the graph is unpickled."""
+
+    graph: bytes
+    state: ProcessState
+    options: dict[str, Any]
+    compile_id: str | None
+    definitions: Definitions | None
+    kernels: Kernels | None
 
 
 def pack(
@@ -45,20 +58,24 @@ def pack(
     Raises:
         Unshippable: with the reason.
     """
-    _check_graph(gm)
-    inputs = [_fake_input(x) for x in example_inputs]
-    state = ProcessState.capture({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
-    _check_options(state.configs | {"options": options})
     try:
+        custom = _check_graph(gm)
+        inputs = [_fake_input(x) for x in example_inputs]
+        state = ProcessState.capture({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
+        _check_options(state.configs | {"options": options})
+        definitions = operators.definitions(custom) if custom else None
+        kernels = triton_kernels.kernels_of(gm)
         graph = _pickler().dumps((_bare(gm, inputs), inputs), internals.GraphPicklerOptions(ops_filter=None))
-        return Parcel(pickle.dumps((graph, state, options, compile_id)), state)
+        return Parcel(pickle.dumps(Opened(graph, state, options, compile_id, definitions, kernels)), state)
+    except Unshippable:
+        raise
     except Exception as error:
-        raise Unshippable(f"the graph cannot be pickled: {_first_line(error)}") from error
+        raise Unshippable(f"the graph cannot be pickled: {first_line(error)}") from error
 
 
-def open_state(parcel: bytes) -> tuple[bytes, ProcessState, dict[str, Any], str | None]:
-    """The outer layer of a parcel: the process state must be in force before the graph is unpickled."""
-    opened: tuple[bytes, ProcessState, dict[str, Any], str | None] = pickle.loads(parcel)
+def open_parcel(parcel: bytes) -> Opened:
+    """What is in a parcel."""
+    opened: Opened = pickle.loads(parcel)
     return opened
 
 
@@ -71,6 +88,9 @@ def unpack_graph(graph: bytes, sizes: Mapping[str, int]) -> tuple[GraphModule, l
     mode = internals.FakeTensorMode(shape_env=_shape_env(sizes))
     opened: Any = internals.GraphPickler.loads(graph, mode)
     gm, inputs = opened
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.target = node.meta.pop(_TARGET, node.target)
     gm.recompile()
     # Without these marks AOTAutograd takes the graph for a stranger's and forgets which inputs are static.
     gm.meta["dynamo_compile_id"] = None
@@ -97,7 +117,9 @@ def _symbolic_number(kind: type, expr: sympy.Expr, shape_env: Any, pytype: type)
     return kind(internals.SymNode(expr, shape_env, pytype, None))
 
 
-def _check_graph(gm: GraphModule) -> None:
+def _check_graph(gm: GraphModule) -> list[OpOverload]:
+    """Refuse what no worker can be given; return the custom operators, which it has to be given."""
+    custom: dict[OpOverload, None] = {}
     for module in gm.modules():
         if not isinstance(module, GraphModule):
             continue  # a container of graphs; one that is called is refused below
@@ -108,13 +130,9 @@ def _check_graph(gm: GraphModule) -> None:
                 raise Unshippable(f"the graph holds a tensor of its own: {node.target}")
             if node.op == "call_module" and not isinstance(module.get_submodule(node.target), GraphModule):
                 raise Unshippable(f"the graph calls a module: {node.target}")
-            if internals.is_triton_kernel(node.target):
-                raise Unshippable("the graph launches a Triton kernel of the program's own")
-            operator = node.target
-            if isinstance(operator, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-                namespace = str(operator).partition(".")[0].partition("::")[0]
-                if namespace not in _TORCH_NAMESPACES:
-                    raise Unshippable(f"a custom operator that a worker does not know: {operator}")
+            if isinstance(node.target, (OpOverload, OpOverloadPacket)) and operators.is_custom(node.target):
+                custom.update(dict.fromkeys(operators.overloads(node.target)))
+    return list(custom)
 
 
 def _has_tensors(module: torch.nn.Module) -> bool:
@@ -136,7 +154,7 @@ def _check_options(changes: dict[str, dict[str, Any]]) -> None:
             try:
                 pickle.dumps(value)
             except Exception as error:
-                raise Unshippable(f"{config} config {name} cannot be pickled: {_first_line(error)}") from error
+                raise Unshippable(f"{config} config {name} cannot be pickled: {first_line(error)}") from error
 
 
 def _fake_input(value: Any) -> Any:
@@ -148,13 +166,13 @@ def _fake_input(value: Any) -> Any:
         return value
     if not isinstance(value, torch.Tensor):
         raise Unshippable(f"an input is a {type(value).__name__}")
-    if internals.is_traceable_wrapper_subclass(value):
-        raise Unshippable(f"an input is a tensor subclass, {type(value).__name__}")
     if value.layout is not torch.strided:
         raise Unshippable(f"an input has layout {value.layout}")
+    if internals.is_traceable_wrapper_subclass(value):
+        _check_subclass(type(value))
     tracing = internals.TracingContext.try_get()
     mode = (tracing and tracing.fake_mode) or internals.detect_fake_mode([value])
-    if isinstance(value, internals.FakeTensor):
+    if internals.is_fake(value):
         return value
     if mode is None or tracing is None:
         raise Unshippable("called outside of Dynamo with real inputs")
@@ -162,6 +180,17 @@ def _fake_input(value: Any) -> Any:
     return mode.from_tensor(
         value, symbolic_context=context, source=context.tensor_source if context else None, trace=False
     )
+
+
+def _check_subclass(cls: type) -> None:
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls.__module__.startswith("torch.distributed."):
+        raise Unshippable(f"an input is a {name}, whose process group a worker is not part of")
+    found: Any = sys.modules.get(cls.__module__) if cls.__module__ != "__main__" else None
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is not cls:
+        raise Unshippable(f"an input is a tensor subclass that a worker cannot import: {name}")
 
 
 def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None) -> GraphModule:
@@ -172,6 +201,8 @@ def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None) -> GraphModule:
     values = iter(inputs or ())
     for old, new in nodes.items():
         new.meta = {}
+        if type(old.target).__module__ == "torch._dynamo.utils":  # an object around a function or method of NumPy's
+            new.meta[_TARGET], new.target = old.target, torch.add
         if old.op == "placeholder" and inputs is not None:
             new.meta["example_value"] = next(values)
             kind = old.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
@@ -191,13 +222,18 @@ def _pickler() -> Any:
 
         It forgets that a view's base and a parameter's `.grad` carry the FakeTensorMode too, which does not
         pickle. Unpickling gives the base its new mode; nothing reads the grad. And it sends hints along, which
-        would be wrong where the graph is compiled for other sizes.
+        would be wrong where the graph is compiled for other sizes. A tensor subclass is its parts and their
+        context.
         """
 
         def reducer_override(self, obj: object) -> Any:
             if isinstance(obj, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 node = obj.node
                 return _symbolic_number, (type(obj), node._expr, node.shape_env, node.pytype)
+            if isinstance(obj, torch.Tensor) and internals.is_traceable_wrapper_subclass(obj):
+                names, context = obj.__tensor_flatten__()
+                parts = {name: getattr(obj, name) for name in names}
+                return _join, (type(obj), parts, context, obj.shape, obj.stride(), obj.requires_grad)
             reduced: tuple[Callable[..., Any], tuple[Any, ...]] = super().reducer_override(obj)
             if isinstance(obj, internals.FakeTensor):
                 described = reduced[1][0]
@@ -212,6 +248,8 @@ def _pickler() -> Any:
     return Pickler
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _join(
+    cls: Any, parts: dict[str, torch.Tensor], context: Any, size: Any, stride: Any, requires_grad: bool
+) -> torch.Tensor:
+    joined: torch.Tensor = cls.__tensor_unflatten__(parts, context, size, stride)
+    return joined.requires_grad_(requires_grad)

@@ -140,11 +140,15 @@ def _compile(parcel: bytes, sizes: dict[str, int], keep_echo: Callable[[bytes], 
     from .. import internals
     from . import echo, libraries, ship
 
-    graph, state, options, compile_id = ship.open_state(parcel)
+    graph, state, options, compile_id, definitions, triton_kernels = ship.open_parcel(parcel)
     # The lock is free in a worker; in an executor of threads it keeps Dynamo out while configs are patched.
     with internals.compile_lock, state.applied_to_process():
         _forget_other_cache_directory()
+        if definitions is not None:
+            definitions.install()
         gm, inputs, fake_mode = ship.unpack_graph(graph, sizes)
+        if triton_kernels is not None:
+            triton_kernels.register(gm)
         shapes = fake_mode.shape_env
         known = len(shapes.guards)
         context = internals.CompileContext(internals.CompileId.from_string(compile_id))
