@@ -106,10 +106,18 @@ def _shape_env(sizes: Mapping[str, int]) -> Any:
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "backed_var_to_val":
-                value = {symbol: sympy.Integer(sizes.get(symbol.name, size)) for symbol, size in value.items()}
+                others = {symbol: sympy.Integer(sizes[symbol.name]) for symbol in value if symbol.name in sizes}
+                value = {**value, **others}
             super().__setattr__(name, value)
 
     return ShapeEnv()
+
+
+def _with_item(unpickle: Callable[..., Any], arguments: tuple[Any, ...], item: Any) -> Any:
+    """Unpickle a fake scalar, such as a float that Dynamo made an input of, and the number that it stands for."""
+    scalar = unpickle(*arguments)
+    scalar.item_memo = item
+    return scalar
 
 
 def _symbolic_number(kind: type, expr: sympy.Expr, shape_env: Any, pytype: type) -> Any:
@@ -243,6 +251,8 @@ def _pickler() -> Any:
                     base=base and dataclasses.replace(base, fake_mode=None, grad=None),
                     grad=None,
                 )
+                if obj.item_memo is not None:
+                    return _with_item, (*reduced, obj.item_memo)
             return reduced
 
     return Pickler
