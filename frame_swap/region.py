@@ -229,15 +229,19 @@ class Trampoline:
     def __call__(self, *args: Any) -> Any:
         if self._attention:
             self.install()
-        if self._compiled is not None:
-            return self._compiled(*args)
-        for fits, compiled in self._artifacts:
-            if fits(*args):
-                return compiled(*args)
+        compiled = self.compiled_for(args)
+        if compiled is not None:
+            return compiled(*args)
         self._region.pair_calls += 1
         if self.specialiser is not None:
             self.specialiser.ask(args)
         return self.pair(*args)
+
+    def compiled_for(self, args: Sequence[Any]) -> Callable[..., Any] | None:
+        """Compiled code that is in place and fits a call with the graph's inputs `args`."""
+        if self._compiled is not None:
+            return self._compiled
+        return next((compiled for fits, compiled in self._artifacts if fits(*args)), None)
 
     @property
     def offered(self) -> bool:
