@@ -60,6 +60,11 @@ class Audience:
     tracing: bool
     tracing_details: bool
 
+    @property
+    def reads_code(self) -> bool:
+        """Whether anyone might look at graphs and generated code."""
+        return bool(self.artifacts) or self.tracing
+
     @classmethod
     def capture(cls) -> Audience:
         """Those who listen now."""

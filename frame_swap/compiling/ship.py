@@ -65,7 +65,8 @@ def pack(
         _check_options(state.configs | {"options": options})
         definitions = operators.definitions(custom) if custom else None
         kernels = triton_kernels.kernels_of(gm)
-        graph = _pickler().dumps((_bare(gm, inputs), inputs), internals.GraphPicklerOptions(ops_filter=None))
+        bare = _bare(gm, inputs, with_lines=state.audience.reads_code)
+        graph = _pickler().dumps((bare, inputs), internals.GraphPicklerOptions(ops_filter=None))
         return Parcel(pickle.dumps(Opened(graph, state, options, compile_id, definitions, kernels)), state)
     except Unshippable:
         raise
@@ -201,14 +202,18 @@ def _check_subclass(cls: type) -> None:
         raise Unshippable(f"an input is a tensor subclass that a worker cannot import: {name}")
 
 
-def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None) -> GraphModule:
-    """A copy of `gm` without what only this process could mean; the same for the graphs inside it."""
+def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None, *, with_lines: bool) -> GraphModule:
+    """A copy of `gm` without what only this process could mean; the same for the graphs inside it.
+
+    Args:
+        with_lines: keep the program's lines, which generated code has in comments. They take more than the rest.
+    """
     graph = Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
     nodes: dict[torch.fx.Node, torch.fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, nodes))
     values = iter(inputs or ())
     for old, new in nodes.items():
-        new.meta = {}
+        new.meta = {"stack_trace": old.stack_trace} if with_lines and old.stack_trace else {}
         if type(old.target).__module__ == "torch._dynamo.utils":  # an object around a function or method of NumPy's
             new.meta[_TARGET], new.target = old.target, torch.add
         if old.op == "placeholder" and inputs is not None:
@@ -219,7 +224,7 @@ def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None) -> GraphModule:
     bare = GraphModule(gm, graph)
     for name, child in bare.named_children():
         if isinstance(child, GraphModule):
-            setattr(bare, name, _bare(child))
+            setattr(bare, name, _bare(child, with_lines=with_lines))
     return bare
 
 
