@@ -10,6 +10,7 @@ import ast
 import contextlib
 import importlib
 import os
+import shutil
 import sys
 import threading
 from collections import Counter
@@ -25,10 +26,13 @@ from .outcomes import Outcome
 
 _PROPERTY = "conformance"
 
-LARGE = (
-    "test_large_",
-)
-"""Parts of the names of tests that take more than 5 GiB: never two of them at once."""
+_GROUPS = {
+    "large": "test_large_",  # up to 17 GiB each
+    "aoti_eager": "aoti_eager",  # their cache in a folder of fixed name, which each expects to be empty
+}
+"""Tests of which no two may run at once, by a part of their names."""
+
+_PATCHES = pytest.StashKey[contextlib.ExitStack]()
 
 _outcomes_path = Path(os.devnull)
 
@@ -57,14 +61,20 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     import frame_swap
 
-    frame_swap.configure(when="manual" if when == "ready" else when)
     replace_inductor(frame_swap.frame_swap_backend)
+    if when == "ready":
+        from . import twice
+
+        config.stash[_PATCHES] = contextlib.ExitStack()
+        config.stash[_PATCHES].enter_context(twice.made_twice())
+    frame_swap.configure(when="manual" if when == "ready" else when)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if any(name in item.name for name in LARGE):
-            item.add_marker(pytest.mark.xdist_group("large"))
+        for group, part in _GROUPS.items():
+            if part in item.name:
+                item.add_marker(pytest.mark.xdist_group(group))
     wanted = config.getoption("--conformance-ids")
     if wanted:
         ids = set(Path(wanted).read_text().splitlines())
@@ -78,8 +88,26 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     global aside
     aside = 0
     _forget_peak()
-    _abandon_regions()
+    _forget_regions()
+    if "aoti_eager" in item.name:
+        shutil.rmtree(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "aoti_eager"), ignore_errors=True)
     return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Mode "ready": what differed between the two runs of a call fails its test, whatever the test made of it."""
+    if _PATCHES not in item.config.stash:
+        return (yield)
+    from . import twice
+
+    twice.mismatches.clear()
+    twice.counts.clear()
+    try:
+        return (yield)
+    finally:
+        if twice.mismatches:
+            raise AssertionError("; ".join(twice.mismatches))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -142,6 +170,10 @@ def _stub(*args: Any, **kwargs: Any) -> Any:
     return lambda function: function
 
 
+_BACKEND_ARGUMENTS = {"config_patches", "compile_region_name"}
+"""What `torch.compile` passes to `compile_fx`; the second is a label, from torch 2.13 on."""
+
+
 def replace_inductor(backend: Callable[..., Any]) -> None:
     """Have `compile_fx` hand every graph that Dynamo captured to `backend`, before a test file imports it."""
     import torch
@@ -154,7 +186,7 @@ def replace_inductor(backend: Callable[..., Any]) -> None:
         global aside
         if getattr(inside, "backend", False):
             return stock(gm, inputs, *args, **kwargs)
-        as_backend = not args and set(kwargs) <= {"config_patches"} and isinstance(gm, torch.fx.GraphModule)
+        as_backend = not args and kwargs.keys() <= _BACKEND_ARGUMENTS and isinstance(gm, torch.fx.GraphModule)
         if not as_backend or torch._guards.TracingContext.try_get() is None:
             aside += 1
             return stock(gm, inputs, *args, **kwargs)
@@ -164,7 +196,7 @@ def replace_inductor(backend: Callable[..., Any]) -> None:
         finally:
             inside.backend = False
 
-    inductor.compile_fx = compile_fx
+    inductor.compile_fx = compile_fx  # type: ignore[assignment]
 
 
 def _regions() -> dict[str, Any]:
@@ -179,10 +211,11 @@ def _regions() -> dict[str, Any]:
         "foreground": dict(reasons[State.FOREGROUND]),
         "failed": dict(reasons[State.FAILED]),
         "rejected": dict(reasons[State.REJECTED]),
+        "twice": dict(twice.counts) if (twice := sys.modules.get(f"{__package__}.twice")) else {},
     }
 
 
-def _abandon_regions() -> None:
+def _forget_regions() -> None:
     """What the test before has left, compiles under way among them, is not this one's."""
     if "frame_swap.region" not in sys.modules:
         return
