@@ -211,7 +211,7 @@ def _regions() -> dict[str, Any]:
         "foreground": dict(reasons[State.FOREGROUND]),
         "failed": dict(reasons[State.FAILED]),
         "rejected": dict(reasons[State.REJECTED]),
-        "twice": dict(twice.counts) if (twice := sys.modules.get(f"{__package__}.twice")) else {},
+        "twice": dict(+twice.counts) if (twice := sys.modules.get(f"{__package__}.twice")) else {},
     }
 
 

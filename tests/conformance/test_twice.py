@@ -72,7 +72,7 @@ def lost_output(x: Tensor, buffer: Tensor) -> tuple[Any, ...]:
     return graph(x, buffer)[:1]
 
 
-def alias_of_argument(x: Tensor, buffer: Tensor) -> tuple[Any, ...]:
+def extra_mutation(x: Tensor, buffer: Tensor) -> tuple[Any, ...]:
     first, second = graph(x, buffer)
     x.data.copy_(second.detach())
     return first, second
@@ -89,10 +89,13 @@ def raises(x: Tensor, buffer: Tensor) -> tuple[Any, ...]:
         (wrong_stride, "output 1: stride (1, 3), the pair's (4, 1) (shape (3, 4))"),
         (wrong_dtype, "output 1: dtype torch.float64, the pair's torch.float32"),
         (wrong_gradient, "gradient 0: value off double precision by"),
-        (lost_gradient, "output 1: (requires_grad, shares memory with argument) (False, None)"),
+        (
+            lost_gradient,
+            "outputs that require a gradient: ['output 0', 'argument 0'], the pair's ['output 0', 'output 1',",
+        ),
         (lost_mutation, "argument 1: value off double precision by 1,"),
         (lost_output, "compiled code gives output 0, argument 0, argument 1"),
-        (alias_of_argument, "argument 0: value off double precision"),
+        (extra_mutation, "argument 0: value off double precision"),
         (raises, "compiled code raises IndexError: out of range, the pair nothing"),
     ],
 )
