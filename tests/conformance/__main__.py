@@ -63,6 +63,12 @@ class Runs:
         if wanted == []:
             return done
         results.parent.mkdir(parents=True, exist_ok=True)
+        parts = {"all": 1} if self._jobs == 1 else {"together": self._jobs, "alone": 1}
+        for part, jobs in parts.items():
+            self._pytest(when, results, wanted, part, jobs)
+        return outcomes.read(results)
+
+    def _pytest(self, when: str, results: Path, ids: list[str] | None, part: str, jobs: int) -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".ids") as listing:
             command = [sys.executable, "-m", "pytest", *self._files, "-q", "--tb=no", "--show-capture=no"]
             command += [
@@ -76,11 +82,12 @@ class Runs:
                 "-p",
                 "no:cacheprovider",
             ]
-            command += ["--timeout", str(TIMEOUT), "-n", str(self._jobs), "--dist", "loadgroup"]
-            command += ["--max-worker-restart", "1000", "-p", f"{__package__}.plugin"]
-            command += ["--conformance-when", when, "--conformance-outcomes", str(results.resolve())]
-            if wanted is not None:
-                listing.write("\n".join(wanted))
+            # In a process of pytest-xdist's even one at a time: it makes another where a test takes it down.
+            command += ["--timeout", str(TIMEOUT), "-n", str(jobs), "--max-worker-restart", "1000"]
+            command += ["-p", f"{__package__}.plugin", "--conformance-when", when, "--conformance-part", part]
+            command += ["--conformance-outcomes", str(results.resolve())]
+            if ids is not None:
+                listing.write("\n".join(ids))
                 listing.flush()
                 command += ["--conformance-ids", listing.name]
             if self._expression:
@@ -88,7 +95,6 @@ class Runs:
             code = subprocess.run(command, cwd=self._folder, env=self._environment).returncode
         if code not in (0, 1, 5):  # passed, some failed, none was selected
             raise SystemExit(f"pytest ended with {code}; --resume goes on where it was")
-        return outcomes.read(results)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,11 +26,11 @@ from .outcomes import Outcome
 
 _PROPERTY = "conformance"
 
-_GROUPS = {
-    "large": "test_large_",  # up to 17 GiB each
-    "aoti_eager": "aoti_eager",  # their cache in a folder of fixed name, which each expects to be empty
-}
-"""Tests of which no two may run at once, by a part of their names."""
+_ALONE = (
+    "test_large_",  # up to 17 GiB each
+    "aoti_eager",  # a cache in a folder of fixed name, which each expects to be empty
+)
+"""Parts of the names of tests of which no two may run at once."""
 
 _PATCHES = pytest.StashKey[contextlib.ExitStack]()
 
@@ -44,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("conformance")
     group.addoption("--conformance-when", default="stock", help="wait, ready, never or stock")
     group.addoption("--conformance-ids", default="", help="file with the ids to run, one a line; default: all")
+    group.addoption("--conformance-part", default="all", help="all, or the tests that may run together, or alone")
     group.addoption("--conformance-outcomes", default=os.devnull, help="file to append outcomes to")
 
 
@@ -71,16 +72,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        for group, part in _GROUPS.items():
-            if part in item.name:
-                item.add_marker(pytest.mark.xdist_group(group))
     wanted = config.getoption("--conformance-ids")
-    if wanted:
-        ids = set(Path(wanted).read_text().splitlines())
-        left_out = [item for item in items if _id(item.nodeid) not in ids]
-        items[:] = [item for item in items if _id(item.nodeid) in ids]
-        config.hook.pytest_deselected(items=left_out)
+    ids = set(Path(wanted).read_text().splitlines()) if wanted else None
+    part = config.getoption("--conformance-part")
+
+    def selected(item: pytest.Item) -> bool:
+        alone = any(name in item.name for name in _ALONE)
+        return (ids is None or item.nodeid in ids) and part in ("all", "alone" if alone else "together")
+
+    left_out = [item for item in items if not selected(item)]
+    items[:] = [item for item in items if selected(item)]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -131,7 +133,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if not record:  # pytest-xdist's own report on a worker that died
         record = {"reason": str(report.longrepr).strip().partition("\n")[0][:300]}
     seconds = round(report.duration, 2)
-    outcomes.append(_outcomes_path, Outcome(_id(report.nodeid), report.outcome, seconds=seconds, **record))
+    outcomes.append(_outcomes_path, Outcome(report.nodeid, report.outcome, seconds=seconds, **record))
 
 
 def stub_missing_names(path: Path) -> None:
@@ -238,11 +240,6 @@ def _peak_mb() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) // 1024
     return 0
-
-
-def _id(nodeid: str) -> str:
-    """pytest's, without the group that pytest-xdist appends."""
-    return nodeid.partition("@")[0]
 
 
 def _runs_tests(config: pytest.Config) -> bool:
