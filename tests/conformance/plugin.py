@@ -10,7 +10,6 @@ import ast
 import contextlib
 import importlib
 import os
-import shutil
 import sys
 import threading
 from collections import Counter
@@ -26,11 +25,11 @@ from .outcomes import Outcome
 
 _PROPERTY = "conformance"
 
-_ALONE = (
-    "test_large_",  # up to 17 GiB each
-    "aoti_eager",  # a cache in a folder of fixed name, which each expects to be empty
-)
-"""Parts of the names of tests of which no two may run at once."""
+_LARGE = "test_large_"
+"""In the names of tests that take up to 17 GiB: no two of them may run at once."""
+
+_OWN_CACHE = "aoti_eager"
+"""In the names of tests that expect a cache without what the test before has put there."""
 
 _PATCHES = pytest.StashKey[contextlib.ExitStack]()
 
@@ -77,8 +76,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     part = config.getoption("--conformance-part")
 
     def selected(item: pytest.Item) -> bool:
-        alone = any(name in item.name for name in _ALONE)
-        return (ids is None or item.nodeid in ids) and part in ("all", "alone" if alone else "together")
+        of_part = "alone" if _LARGE in item.name else "together"
+        return (ids is None or item.nodeid in ids) and part in ("all", of_part)
 
     left_out = [item for item in items if not selected(item)]
     items[:] = [item for item in items if selected(item)]
@@ -91,9 +90,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     aside = 0
     _forget_peak()
     _forget_regions()
-    if "aoti_eager" in item.name:
-        shutil.rmtree(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "aoti_eager"), ignore_errors=True)
-    return (yield)
+    if _OWN_CACHE not in item.name:
+        return (yield)
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
