@@ -15,6 +15,7 @@ from rich.console import Console
 
 from . import outcomes
 from .outcomes import Outcome
+from .plugin import LARGE
 from .verdict import Verdict, markdown, read_listed, show
 
 HERE = Path(__file__).resolve().parent
@@ -63,9 +64,12 @@ class Runs:
         if wanted == []:
             return done
         results.parent.mkdir(parents=True, exist_ok=True)
-        parts = {"all": 1} if self._jobs == 1 else {"together": self._jobs, "alone": 1}
-        for part, jobs in parts.items():
-            self._pytest(when, results, wanted, part, jobs)
+        large_ones = wanted is None or any(LARGE in one for one in wanted)
+        if self._jobs > 1 and large_ones:
+            self._pytest(when, results, wanted, "together", self._jobs)
+            self._pytest(when, results, wanted, "alone", 1)
+        else:
+            self._pytest(when, results, wanted, "all", self._jobs)
         return outcomes.read(results)
 
     def _pytest(self, when: str, results: Path, ids: list[str] | None, part: str, jobs: int) -> None:

@@ -25,7 +25,7 @@ from .outcomes import Outcome
 
 _PROPERTY = "conformance"
 
-_LARGE = "test_large_"
+LARGE = "test_large_"
 """In the names of tests that take up to 17 GiB: no two of them may run at once."""
 
 _OWN_CACHE = "aoti_eager"
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     part = config.getoption("--conformance-part")
 
     def selected(item: pytest.Item) -> bool:
-        of_part = "alone" if _LARGE in item.name else "together"
+        of_part = "alone" if LARGE in item.name else "together"
         return (ids is None or item.nodeid in ids) and part in ("all", of_part)
 
     left_out = [item for item in items if not selected(item)]
