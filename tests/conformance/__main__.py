@@ -1,0 +1,219 @@
+"""`python -m tests.conformance TREE`: run PyTorch's own Inductor tests through frame_swap, and say what is lost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import outcomes
+from .outcomes import Outcome
+from .plugin import LARGE
+from .verdict import Verdict, markdown, read_listed, show
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parents[1]
+MODES = ("wait", "ready", "never")
+TIMEOUT = 400
+"""Seconds for a test, compiles included."""
+
+
+class Runs:
+    """Runs of a source tree's tests: `pytest` in processes of its own, which outcomes outlive.
+
+    Args:
+        tree: PyTorch's source tree.
+        files: test files of its `test/inductor`.
+        expression: pytest's `-k`, or "".
+        jobs: how many tests at a time.
+        cache: where compiled kernels are kept, from one run to the next.
+    """
+
+    def __init__(self, tree: Path, files: Sequence[str], expression: str, jobs: int, cache: Path) -> None:
+        self._folder = tree / "test" / "inductor"
+        self._files = files
+        self._expression = expression
+        self._jobs = jobs
+        # Most of a test's time goes into compiling C++. With one cache for all tests and modes each kernel is
+        # compiled once, while every graph is still lowered anew each time: the caches of whole graphs are off.
+        # (AOTAutograd's needs Inductor's; switched off by its own variable, a worker could not serialise.)
+        self._environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH")))),
+            "INDUCTOR_TEST_DISABLE_FRESH_CACHE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+            "PYTHONWARNINGS": "ignore::DeprecationWarning",
+        }
+
+    def run(self, when: str, results: Path, ids: Iterable[str] | None = None) -> dict[str, Outcome]:
+        """Run the tests with `ids`, or all; returns what is in `results` then. Tests that it has are not run again.
+
+        Raises:
+            SystemExit: pytest could not do it, or was interrupted.
+        """
+        done = outcomes.read(results)
+        wanted = None if ids is None else sorted(set(ids) - done.keys())
+        if wanted == []:
+            return done
+        results.parent.mkdir(parents=True, exist_ok=True)
+        large_ones = wanted is None or any(LARGE in one for one in wanted)
+        if self._jobs > 1 and large_ones:
+            self._pytest(when, results, wanted, "together", self._jobs)
+            self._pytest(when, results, wanted, "alone", 1)
+        else:
+            self._pytest(when, results, wanted, "all", self._jobs)
+        return outcomes.read(results)
+
+    def _pytest(self, when: str, results: Path, ids: list[str] | None, part: str, jobs: int) -> None:
+        with tempfile.NamedTemporaryFile("w", suffix=".ids") as listing:
+            command = [sys.executable, "-m", "pytest", *self._files, "-q", "--tb=no", "--show-capture=no"]
+            command += [
+                "--noconftest",
+                "-c",
+                os.devnull,
+                "--rootdir",
+                ".",
+                "-W",
+                "ignore",
+                "-p",
+                "no:cacheprovider",
+            ]
+            # In a process of pytest-xdist's even one at a time: it makes another where a test takes it down.
+            command += ["--timeout", str(TIMEOUT), "-n", str(jobs), "--max-worker-restart", "1000"]
+            command += ["-p", f"{__package__}.plugin", "--conformance-when", when, "--conformance-part", part]
+            command += ["--conformance-outcomes", str(results.resolve())]
+            if ids is not None:
+                listing.write("\n".join(ids))
+                listing.flush()
+                command += ["--conformance-ids", listing.name]
+            if self._expression:
+                command += ["-k", self._expression]
+            code = subprocess.run(command, cwd=self._folder, env=self._environment).returncode
+        if code not in (0, 1, 5):  # passed, some failed, none was selected
+            raise SystemExit(f"pytest ended with {code}; --resume goes on where it was")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as told on the command line; returns the exit status: 1 where a test that is not listed was lost."""
+    chosen = _parse(arguments)
+    tree: Path = chosen.tree.resolve()
+    if not (tree / "test" / "inductor").is_dir():
+        raise SystemExit(
+            f"{tree} is no PyTorch source tree: it has no test/inductor. tests/conformance/fetch gets one"
+        )
+    sample = _lines(HERE / "sample.txt") if chosen.sample else None
+    files = list(dict.fromkeys(one.partition("::")[0] for one in sample)) if sample else chosen.file
+    runs = Runs(tree, files, chosen.k, chosen.jobs, chosen.cache)
+    name = "sample" if sample else "selected" if chosen.k else "all"
+
+    def results(when: str) -> Path:
+        path: Path = chosen.results / f"torch-{torch.__version__}-{when}-{name}.jsonl"
+        if not chosen.resume:
+            path.unlink(missing_ok=True)
+        return path
+
+    print(f"torch {torch.__version__}, {', '.join(files)}", flush=True)
+    stock = _stock(chosen.stock, files)
+    if chosen.when == ["stock"] or any(not _of_file(stock, file) for file in files):
+        print("\nstock Inductor", flush=True)
+        stock = runs.run("stock", results("stock"), sample)
+        if chosen.when == ["stock"]:
+            print(f"{chosen.results} has the outcomes; {chosen.stock} keeps those of a whole run, for others")
+            return 0
+    passed = {one.id for one in stock.values() if one.outcome == "passed" and one.file in files}
+    if sample:
+        passed &= set(sample)
+
+    verdicts = []
+    for when in chosen.when:
+        print(f'\nframe_swap, when="{when}"', flush=True)
+        ran = runs.run(when, results(when), passed)
+        expected = passed & ran.keys() if chosen.k else passed
+        of_mode = [Verdict(file, when, expected, ran, read_listed(when)) for file in files]
+        lost = [outcome.id for verdict in of_mode for outcome in verdict.lost]
+        if lost:
+            print(f"\n{len(lost)} lost; whether stock Inductor passes them here", flush=True)
+            again = runs.run("stock", results("recheck"), lost)
+            for verdict in of_mode:
+                verdict.stock_too = {one for one in lost if one in again and again[one].outcome != "passed"}
+        verdicts += of_mode
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print()
+    show(verdicts, console)
+    if chosen.markdown:
+        chosen.markdown.write_text(f"torch {torch.__version__}\n\n{markdown(verdicts)}\n")
+    return int(any(verdict.lost or verdict.not_run for verdict in verdicts))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "frame-swap" / "conformance"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    version = ".".join(torch.__version__.split(".")[:2])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.conformance",
+        description="Run PyTorch's own Inductor tests with frame_swap in Inductor's place, and print which of "
+        "those that stock Inductor passes are lost. tests/conformance/README.md says more.",
+    )
+    parser.add_argument("tree", type=Path, help="PyTorch's source tree; tests/conformance/fetch gets one")
+    parser.add_argument(
+        "--when",
+        nargs="+",
+        choices=(*MODES, "stock"),
+        default=MODES,
+        help="modes, one after the other (default: all)",
+    )
+    parser.add_argument(
+        "--file", nargs="+", default=["test_torchinductor.py"], help="files of test/inductor (default: %(default)s)"
+    )
+    parser.add_argument("-k", metavar="EXPR", default="", help="only tests that match, as pytest's -k")
+    parser.add_argument("--sample", action="store_true", help="only the tests of sample.txt: minutes, not an hour")
+    parser.add_argument("--jobs", type=int, default=1, help="tests at a time (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="keep the outcomes that are there and run the others")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the outcome as Markdown tables")
+    parser.add_argument(
+        "--stock",
+        type=Path,
+        default=HERE / "stock" / f"torch-{version}-{device}.jsonl",
+        help="outcomes of stock Inductor (default: %(default)s); a run of it comes first where there are none",
+    )
+    parser.add_argument(
+        "--results", type=Path, default=caches / "results", help="folder for outcomes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=caches / "kernels", help="folder for compiled kernels (default: %(default)s)"
+    )
+    chosen = parser.parse_args(arguments)
+    chosen.when = list(dict.fromkeys(chosen.when))
+    if "stock" in chosen.when and len(chosen.when) > 1:
+        parser.error("--when stock goes alone: a run of stock Inductor comes first anyway where it is needed")
+    return chosen
+
+
+def _stock(path: Path, files: Sequence[str]) -> dict[str, Outcome]:
+    """The outcomes that are kept."""
+    return {name: one for name, one in outcomes.read(path).items() if one.file in files}
+
+
+def _of_file(stock: dict[str, Outcome], file: str) -> list[Outcome]:
+    return [outcome for outcome in stock.values() if outcome.file == file]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file, without comments and empty ones."""
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; --resume goes on where it was")
