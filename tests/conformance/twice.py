@@ -217,11 +217,14 @@ class RandomState:
 
 def _call_twice(trampoline: Trampoline, *args: Any) -> Any:
     """What `Trampoline.__call__` becomes."""
-    if trampoline._compiled is not None:
-        return trampoline._compiled(*args)
+    compiled = trampoline.compiled_for(args)
+    if compiled is not None:
+        return compiled(*args)
     region = trampoline._region
     region.pair_calls += 1
-    if internals.compiling_on_this_thread():  # what loads compiled code needs the lock that this thread holds
+    if trampoline.specialiser is not None:
+        trampoline.specialiser.ask(args)
+    if internals.compile_lock._is_owned():  # type: ignore[attr-defined]  # what loads compiled code needs the lock that this thread holds
         counts["not compared: called while Dynamo compiles"] += 1
         return trampoline.pair(*args)
     comparison = None
@@ -233,19 +236,20 @@ def _call_twice(trampoline: Trampoline, *args: Any) -> Any:
         counts[f"not compared: {error}"] += 1
     frame_swap.wait()
     trampoline.install()
-    if trampoline._compiled is None:
+    compiled = trampoline.compiled_for(args)
+    if compiled is None:
         if comparison is not None:
             counts[f"not compared: {region.state}"] += 1
         return trampoline.pair(*args)
     if comparison is not None:
         counts["compared"] += 1
         counts["of these with random numbers"] += comparison.random
-        if difference := comparison.difference(trampoline._compiled):
+        if difference := comparison.difference(compiled):
             mismatches.append(f"graph {region.compile_id} of {region.frame}: {difference}")
     if region.state is State.INSTALLED and not region.reason and _first_of_its_call():
         counts["started over in the rewritten frame"] += 1
         raise _Again
-    return trampoline._compiled(*args)
+    return compiled(*args)
 
 
 def _first_of_its_call() -> bool:
