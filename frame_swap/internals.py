@@ -105,6 +105,7 @@ __all__ = [
     "aot_autograd",
     "artifact_logger",
     "autocast_dtypes",
+    "backend_flags_unlocked",
     "boxed_nop",
     "cache_entries",
     "captured_frame",
@@ -343,6 +344,13 @@ def autocast_dtypes(definition: Any) -> dict[str, torch.dtype]:
 def is_triton_kernel(target: object) -> bool:
     """Whether a graph node's target launches a Triton kernel of the user's."""
     return target in (triton_kernel_wrapper_functional, triton_kernel_wrapper_mutation)
+
+
+def backend_flags_unlocked() -> contextlib.AbstractContextManager[None]:
+    """Within the block `torch.backends` flags may be set, also after PyTorch's test utilities have locked them."""
+    unlocked: Callable[[], contextlib.AbstractContextManager[None]]
+    unlocked = vars(torch.backends)["__allow_nonbracketed_mutation"]
+    return unlocked()
 
 
 def _configs() -> dict[str, Any]:

@@ -507,6 +507,19 @@ def test_a_module_that_has_changed_since_it_was_imported_is_not_believed(
     assert "shipping_changed does not define it as it is in the program" in one.reason
 
 
+def test_a_module_that_locks_pytorchs_flags_does_no_harm(tmp_path: Path, run_program: Any) -> None:
+    module = MODULE.format(name="shipping_locks") + "torch.backends.disable_global_flags()\n"
+    (tmp_path / "shipping_locks.py").write_text(module)
+    program = """
+        import torch, frame_swap, shipping_locks
+        frame_swap.configure(when="wait", workers=1)
+        for function in (lambda x: torch.ops.shipping_locks.double(x), lambda x: x.sin() + 1):
+            torch.compile(function, backend="frame_swap")(torch.rand(3))
+        print(*(one.state for one in frame_swap.report().regions))
+    """
+    assert run_program(program, PYTHONPATH=str(tmp_path)).stdout == "installed installed\n"
+
+
 def test_a_redefinition_reaches_the_worker(device: str) -> None:
     def subject(factor: float) -> Make:
         def make(compiled: Wrap) -> Subject:

@@ -83,6 +83,11 @@ class ProcessState:
             search_path=tuple(map(os.path.abspath, sys.path)),  # "" is the current directory
         )
 
+    def extend_search_path(self) -> None:
+        """Make the program's modules importable in a worker; they may change what else is state of the process."""
+        here = set(map(os.path.abspath, sys.path))
+        sys.path.extend(entry for entry in self.search_path if entry not in here)
+
     @contextlib.contextmanager
     def applied_to_thread(self) -> Iterator[None]:
         """Grad mode, inference mode and autocast: state that each thread has of its own."""
@@ -105,10 +110,9 @@ class ProcessState:
         # Generated loops are cut for so many threads, and a convolution's layout depends on whether there is
         # more than one. Nothing that a compile runs is large enough to use them.
         torch.set_num_threads(self.threads)
-        for (owner, name), value in zip(_FLAGS, self.flags, strict=True):
-            setattr(owner, name, value)
-        here = set(map(os.path.abspath, sys.path))
-        sys.path.extend(entry for entry in self.search_path if entry not in here)
+        with internals.backend_flags_unlocked():
+            for (owner, name), value in zip(_FLAGS, self.flags, strict=True):
+                setattr(owner, name, value)
         for kind, value in zip(_ATTENTION, self.attention, strict=True):
             getattr(torch.backends.cuda, f"enable_{kind}_sdp")(value)
         with (

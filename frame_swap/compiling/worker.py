@@ -141,11 +141,12 @@ def _compile(parcel: bytes, sizes: dict[str, int], keep_echo: Callable[[bytes], 
     from . import echo, libraries, ship
 
     graph, state, options, compile_id, definitions, triton_kernels = ship.open_parcel(parcel)
+    state.extend_search_path()
+    if definitions is not None:
+        definitions.install()
     # The lock is free in a worker; in an executor of threads it keeps Dynamo out while configs are patched.
     with internals.compile_lock, state.applied_to_process():
         _forget_other_cache_directory()
-        if definitions is not None:
-            definitions.install()
         gm, inputs, fake_mode = ship.unpack_graph(graph, sizes)
         if triton_kernels is not None:
             triton_kernels.register(gm)
