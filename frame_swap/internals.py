@@ -348,9 +348,8 @@ def is_triton_kernel(target: object) -> bool:
 
 def backend_flags_unlocked() -> contextlib.AbstractContextManager[None]:
     """Within the block `torch.backends` flags may be set, also after PyTorch's test utilities have locked them."""
-    unlocked: Callable[[], contextlib.AbstractContextManager[None]]
-    unlocked = vars(torch.backends)["__allow_nonbracketed_mutation"]
-    return unlocked()
+    unlocked: contextlib.AbstractContextManager[None] = torch.backends.__allow_nonbracketed_mutation()
+    return unlocked
 
 
 def _configs() -> dict[str, Any]:
