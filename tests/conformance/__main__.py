@@ -45,7 +45,7 @@ class Runs:
         # compiled once, while every graph is still lowered anew each time: the caches of whole graphs are off.
         # (AOTAutograd's needs Inductor's; switched off by its own variable, a worker could not serialise.)
         self._environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("FRAME_SWAP_")},
             "PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH")))),
             "INDUCTOR_TEST_DISABLE_FRESH_CACHE": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(cache),
