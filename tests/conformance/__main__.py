@@ -34,43 +34,51 @@ class Runs:
         expression: pytest's `-k`, or "".
         jobs: how many tests at a time.
         cache: where compiled kernels are kept, from one run to the next.
+        results: where outcomes go: the path up to the mode's name.
+        resume: whether tests that have an outcome there are left out.
     """
 
-    def __init__(self, tree: Path, files: Sequence[str], expression: str, jobs: int, cache: Path) -> None:
+    def __init__(
+        self, tree: Path, files: Sequence[str], expression: str, jobs: int, cache: Path, results: str, resume: bool
+    ) -> None:
         self._folder = tree / "test" / "inductor"
         self._files = files
         self._expression = expression
         self._jobs = jobs
+        self._results = results
+        self._resume = resume
         # Most of a test's time goes into compiling C++. With one cache for all tests and modes each kernel is
         # compiled once, while every graph is still lowered anew each time: the caches of whole graphs are off.
         # (AOTAutograd's needs Inductor's; switched off by its own variable, a worker could not serialise.)
         self._environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("FRAME_SWAP_")},
             "PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH")))),
             "INDUCTOR_TEST_DISABLE_FRESH_CACHE": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            "TORCHINDUCTOR_CACHE_DIR": str(cache.resolve()),
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
             "PYTHONWARNINGS": "ignore::DeprecationWarning",
         }
 
-    def run(self, when: str, results: Path, ids: Iterable[str] | None = None) -> dict[str, Outcome]:
-        """Run the tests with `ids`, or all; returns what is in `results` then. Tests that it has are not run again.
+    def run(self, when: str, ids: Iterable[str] | None = None, label: str = "") -> dict[str, Outcome]:
+        """Run the tests with `ids`, or all; returns their outcomes, and those that were kept.
 
         Raises:
             SystemExit: pytest could not do it, or was interrupted.
         """
-        done = outcomes.read(results)
+        path = Path(f"{self._results}-{label or when}.jsonl").resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._resume:
+            path.unlink(missing_ok=True)
+        done = outcomes.read(path)
         wanted = None if ids is None else sorted(set(ids) - done.keys())
         if wanted == []:
             return done
-        results.parent.mkdir(parents=True, exist_ok=True)
-        large_ones = wanted is None or any(LARGE in one for one in wanted)
-        if self._jobs > 1 and large_ones:
-            self._pytest(when, results, wanted, "together", self._jobs)
-            self._pytest(when, results, wanted, "alone", 1)
+        if self._jobs > 1 and (wanted is None or any(LARGE in one for one in wanted)):
+            self._pytest(when, path, wanted, "together", self._jobs)
+            self._pytest(when, path, wanted, "alone", 1)
         else:
-            self._pytest(when, results, wanted, "all", self._jobs)
-        return outcomes.read(results)
+            self._pytest(when, path, wanted, "all", self._jobs)
+        return outcomes.read(path)
 
     def _pytest(self, when: str, results: Path, ids: list[str] | None, part: str, jobs: int) -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".ids") as listing:
@@ -89,7 +97,7 @@ class Runs:
             # In a process of pytest-xdist's even one at a time: it makes another where a test takes it down.
             command += ["--timeout", str(TIMEOUT), "-n", str(jobs), "--max-worker-restart", "1000"]
             command += ["-p", f"{__package__}.plugin", "--conformance-when", when, "--conformance-part", part]
-            command += ["--conformance-outcomes", str(results.resolve())]
+            command += ["--conformance-outcomes", str(results)]
             if ids is not None:
                 listing.write("\n".join(ids))
                 listing.flush()
@@ -106,27 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parse(arguments)
     tree: Path = chosen.tree.resolve()
     if not (tree / "test" / "inductor").is_dir():
-        raise SystemExit(
-            f"{tree} is no PyTorch source tree: it has no test/inductor. tests/conformance/fetch gets one"
-        )
+        raise SystemExit(f"{tree} has no test/inductor; tests/conformance/fetch gets a PyTorch source tree")
     sample = _lines(HERE / "sample.txt") if chosen.sample else None
     files = list(dict.fromkeys(one.partition("::")[0] for one in sample)) if sample else chosen.file
-    runs = Runs(tree, files, chosen.k, chosen.jobs, chosen.cache)
-    name = "sample" if sample else "selected" if chosen.k else "all"
+    selection = "sample" if sample else "selected" if chosen.k else "all"
+    results = f"{chosen.results}/torch-{torch.__version__}-{selection}"
+    runs = Runs(tree, files, chosen.k, chosen.jobs, chosen.cache, results, chosen.resume)
 
-    def results(when: str) -> Path:
-        path: Path = chosen.results / f"torch-{torch.__version__}-{when}-{name}.jsonl"
-        if not chosen.resume:
-            path.unlink(missing_ok=True)
-        return path
-
-    print(f"torch {torch.__version__}, {', '.join(files)}", flush=True)
-    stock = _stock(chosen.stock, files)
-    if chosen.when == ["stock"] or any(not _of_file(stock, file) for file in files):
+    print(f"torch {torch.__version__}, {', '.join(files)}; outcomes go to {results}-*.jsonl", flush=True)
+    stock = outcomes.read(chosen.stock)
+    if chosen.when == ["stock"] or not {one.file for one in stock.values()}.issuperset(files):
         print("\nstock Inductor", flush=True)
-        stock = runs.run("stock", results("stock"), sample)
+        stock = runs.run("stock", sample)
         if chosen.when == ["stock"]:
-            print(f"{chosen.results} has the outcomes; {chosen.stock} keeps those of a whole run, for others")
             return 0
     passed = {one.id for one in stock.values() if one.outcome == "passed" and one.file in files}
     if sample:
@@ -135,15 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdicts = []
     for when in chosen.when:
         print(f'\nframe_swap, when="{when}"', flush=True)
-        ran = runs.run(when, results(when), passed)
+        ran = runs.run(when, passed)
+        if not ran:
+            raise SystemExit("no test was run")
         expected = passed & ran.keys() if chosen.k else passed
         of_mode = [Verdict(file, when, expected, ran, read_listed(when)) for file in files]
-        lost = [outcome.id for verdict in of_mode for outcome in verdict.lost]
-        if lost:
-            print(f"\n{len(lost)} lost; whether stock Inductor passes them here", flush=True)
-            again = runs.run("stock", results("recheck"), lost)
-            for verdict in of_mode:
-                verdict.stock_too = {one for one in lost if one in again and again[one].outcome != "passed"}
+        _try_again_with_stock(runs, of_mode)
         verdicts += of_mode
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print()
@@ -151,6 +148,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.markdown:
         chosen.markdown.write_text(f"torch {torch.__version__}\n\n{markdown(verdicts)}\n")
     return int(any(verdict.lost or verdict.not_run for verdict in verdicts))
+
+
+def _try_again_with_stock(runs: Runs, verdicts: Iterable[Verdict]) -> None:
+    """What stock does not pass on this machine, or not always, frame_swap has not lost."""
+    lost = {outcome.id for verdict in verdicts for outcome in verdict.lost}
+    if not lost:
+        return
+    print(f"\n{len(lost)} lost; whether stock Inductor passes them here", flush=True)
+    again = runs.run("stock", lost, "stock-again")
+    for verdict in verdicts:
+        verdict.stock_too = {o.id for o in verdict.lost if o.id in again and again[o.id].outcome != "passed"}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -195,15 +203,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if "stock" in chosen.when and len(chosen.when) > 1:
         parser.error("--when stock goes alone: a run of stock Inductor comes first anyway where it is needed")
     return chosen
-
-
-def _stock(path: Path, files: Sequence[str]) -> dict[str, Outcome]:
-    """The outcomes that are kept."""
-    return {name: one for name, one in outcomes.read(path).items() if one.file in files}
-
-
-def _of_file(stock: dict[str, Outcome], file: str) -> list[Outcome]:
-    return [outcome for outcome in stock.values() if outcome.file == file]
 
 
 def _lines(path: Path) -> list[str]:

@@ -65,7 +65,7 @@ def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_run_names_what_is_lost_and_survives_it(tree: Path) -> None:
     done = run(tree, "--when", "never")
     assert done.returncode == 0, "what stock fails, too, does not count"
-    (results,) = tree.glob("*-never-all.jsonl")
+    (results,) = tree.glob("*-all-never.jsonl")
     ran = outcomes.read(results)
     assert {o.id.partition("::test_")[2]: o.outcome for o in ran.values()} == {
         "passes": "passed",

@@ -153,6 +153,7 @@ class Comparison:
     def _beyond_reference(self, differing: list[str], actual: dict[str, Any]) -> str:
         """Whether compiled code is further off what double precision gives than rounding explains."""
         if self._graph is not None and _hands_out_uninitialised(self._graph):
+            counts["whose values are excused: uninitialised memory"] += 1
             return ""
         reference = self._in_double()
         for name in differing:
@@ -164,6 +165,7 @@ class Comparison:
             of_compiled, of_pair = _distance(have, right), _distance(want, right)
             if not of_compiled <= 4 * of_pair + _tolerance(want.dtype, right):
                 return f"{name}: value off double precision by {of_compiled:.3g}, the pair's by {of_pair:.3g}"
+        counts["judged by double precision"] += 1
         return ""
 
     def _in_double(self) -> dict[str, Any]:
@@ -243,7 +245,7 @@ def _call_twice(trampoline: Trampoline, *args: Any) -> Any:
         return trampoline.pair(*args)
     if comparison is not None:
         counts["compared"] += 1
-        counts["of these with random numbers"] += comparison.random
+        counts["with random numbers"] += comparison.random
         if difference := comparison.difference(compiled):
             mismatches.append(f"graph {region.compile_id} of {region.frame}: {difference}")
     if region.state is State.INSTALLED and not region.reason and _first_of_its_call():
