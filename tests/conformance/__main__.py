@@ -56,6 +56,7 @@ class Runs:
             "INDUCTOR_TEST_DISABLE_FRESH_CACHE": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(cache.resolve()),
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+            "FRAME_SWAP_WORKERS": "1",  # how much goes on at a time is for `jobs` to say
             "PYTHONWARNINGS": "ignore::DeprecationWarning",
         }
 
