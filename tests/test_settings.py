@@ -94,7 +94,11 @@ def test_mode_and_options_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> N
     assert [r.state for r in frame_swap.wait().regions] == [State.INSTALLED] * 2
 
 
-def test_caches_may_be_switched_off(run_program: Any) -> None:
+@pytest.mark.parametrize(
+    "variable",
+    ["TORCHINDUCTOR_FORCE_DISABLE_CACHES", "TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE"],
+)
+def test_caches_may_be_switched_off(run_program: Any, variable: str) -> None:
     done = run_program(
         """
         import torch, torch._functorch.config, frame_swap
@@ -103,7 +107,7 @@ def test_caches_may_be_switched_off(run_program: Any) -> None:
                 torch.compile(lambda x: x.sin() + len(off), backend="frame_swap")(torch.randn(4))
         print(*(region.state for region in frame_swap.wait().regions))
         """,
-        TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
+        **{variable: "1" if "DISABLE" in variable else "0"},
     )
     assert set(done.stdout.split()) == {"installed"}
 

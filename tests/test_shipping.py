@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 import subprocess
 import sys
@@ -396,7 +397,7 @@ def subclass_of_parameter_and_buffer(compiled: Wrap) -> Subject:
 
 @shipped
 def constants_made_in_the_graph(compiled: Wrap) -> Subject:
-    return Subject(compiled(lambda x: x * torch.tensor([1.0, 2.0, 3.0, 4.0])), [rand_with_grad])
+    return Subject(compiled(lambda x: x * torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device)), [rand_with_grad])
 
 
 @shipped
@@ -517,7 +518,8 @@ def test_a_module_that_locks_pytorchs_flags_does_no_harm(tmp_path: Path, run_pro
             torch.compile(function, backend="frame_swap")(torch.rand(3))
         print(*(one.state for one in frame_swap.report().regions))
     """
-    assert run_program(program, PYTHONPATH=str(tmp_path)).stdout == "installed installed\n"
+    path = os.pathsep.join((str(tmp_path), *filter(None, (os.environ.get("PYTHONPATH"),))))
+    assert run_program(program, PYTHONPATH=path).stdout == "installed installed\n"
 
 
 def test_a_redefinition_reaches_the_worker(device: str) -> None:
@@ -683,17 +685,17 @@ def test_a_sparse_input_is_left_to_eager_or_stays(device: str) -> None:
 
 
 @torch._dynamo.assume_constant_result
-def weights() -> Tensor:
-    return torch.tensor([1.0, 2.0, 3.0, 4.0])
+def weights(device: torch.device) -> Tensor:
+    return torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
 
 
 def test_a_tensor_in_the_graph_stays(device: str) -> None:
-    stayed = foreground(lambda compiled: Subject(compiled(lambda x: x * weights()), [rand]), device)
+    stayed = foreground(lambda compiled: Subject(compiled(lambda x: x * weights(x.device)), [rand]), device)
     assert stayed.reason == "the graph holds parameters or buffers instead of taking them as inputs"
 
 
 def test_freezing_stays(device: str) -> None:
-    model = nn.Linear(4, 4).eval()
+    model = nn.Linear(4, 4).eval().to(device)
 
     def make(compiled: Wrap) -> Subject:
         return Subject(torch.no_grad()(compiled(model, options={"freezing": True})), [rand])

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
+import select
 import signal
 import sys
 import threading
@@ -90,8 +91,12 @@ def _probe_cpu() -> None:
 
 def _allow_caches() -> None:
     # What makes a compile's result serialisable is the machinery of Inductor's caches, so they cannot be off.
-    # This variable is read when torch is imported, and settings give way to it.
-    for variable in ("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "TORCH_COMPILE_FORCE_DISABLE_CACHES"):
+    # These variables are read when torch is imported, and settings give way to them.
+    for variable in (
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES",
+        "TORCH_COMPILE_FORCE_DISABLE_CACHES",
+        "TORCHINDUCTOR_AUTOGRAD_CACHE",
+    ):
         os.environ.pop(variable, None)
 
 
@@ -107,8 +112,11 @@ def _let_go_of_output() -> None:
 def _end_with(parent: int) -> None:
     import psutil
 
-    with contextlib.suppress(psutil.Error):
-        psutil.Process(parent).wait()
+    try:  # wakes up when it is dead, even if nobody has reaped it yet
+        select.select([os.pidfd_open(parent)], [], [])
+    except (AttributeError, OSError):  # not Linux, or gone already
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(parent).wait()
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
