@@ -67,7 +67,7 @@ try:
     from torch._logging import structured
     from torch._logging._internal import LazyTraceHandler, LogState, trace_log
     from torch._logging._internal import getArtifactLogger as artifact_logger
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake, unset_fake_temporarily
     from torch.fx._graph_pickler import GraphPickler
     from torch.fx._graph_pickler import Options as GraphPicklerOptions
     from torch.fx.experimental.sym_node import SymNode
@@ -142,6 +142,7 @@ __all__ = [
     "trace_log",
     "tracing",
     "triton_kernel_wrapper_mutation",
+    "unset_fake_temporarily",
     "version_checked",
 ]
 

@@ -22,8 +22,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,7 @@ def _compile(parcel: bytes, sizes: dict[str, int], keep_echo: Callable[[bytes], 
         with (
             echo.recorded(state.audience, keep_echo),
             libraries.recorded() as kernels,
+            _constants_pickled_for_real(),
             internals.compile_context(context),
             internals.tracing(internals.TracingContext(fake_mode)),
             internals.inductor_config.patch(force_disable_caches=False),
@@ -180,6 +182,27 @@ def _compile(parcel: bytes, sizes: dict[str, int], keep_echo: Callable[[bytes], 
         entry = Serializer.serialize_compile_artifacts(Serializer(compiled))
         late = [guard.expr for guard in shapes.guards[known:]]
         return pickle.dumps((entry, kernels)), pickle.dumps(late)
+
+
+@contextlib.contextmanager
+def _constants_pickled_for_real() -> Iterator[None]:
+    """A graph's constants are real tensors. Inductor pickles them while its FakeTensorMode is on, which does not let
+    it copy those that are on a GPU."""
+    import torch
+
+    from .. import internals
+
+    def for_real(reduce: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def reduce_for_real(storage: Any) -> Any:
+            with internals.unset_fake_temporarily():
+                return reduce(storage)
+
+        return reduce_for_real
+
+    with contextlib.ExitStack() as stack:
+        for storage in (torch.UntypedStorage, torch.TypedStorage):
+            stack.enter_context(mock.patch.object(storage, "__reduce__", for_real(storage.__reduce__)))
+        yield
 
 
 _cache_directory: str | None = None
