@@ -186,8 +186,8 @@ def _compile(parcel: bytes, sizes: dict[str, int], keep_echo: Callable[[bytes], 
 
 @contextlib.contextmanager
 def _constants_pickled_for_real() -> Iterator[None]:
-    """A graph's constants are real tensors. Inductor pickles them while its FakeTensorMode is on, which does not let
-    it copy those that are on a GPU."""
+    """A graph's constants are real tensors. Inductor pickles them while its FakeTensorMode is on, which does not
+    let it copy those that are on a GPU."""
     import torch
 
     from .. import internals
