@@ -130,7 +130,8 @@ def swap_all() -> list[Region]:
     gc.collect()
     for region in regions:
         assert (region.state, region.reason) == (State.INSTALLED, ""), frame_swap.report()
-        assert region.trampoline is None, f"{region}: something holds its trampoline"
+        if not region.late_guards:  # calls that these turn away still go there
+            assert region.trampoline is None, f"{region}: something holds its trampoline"
     return regions
 
 
