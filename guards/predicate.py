@@ -16,8 +16,11 @@ What the expression means
   nothing finite above it for a base of 2 or more). The conditions for this come first (`s1 != 0 and ...`),
   except those that a literal meets, so the expression never raises on ints and never computes a huge power.
   "Any part" is strict: `Or(Eq(a // b, 1), Eq(b, 0))` does not hold for `b == 0`, as it raises in torch.
-- Besides the caller's names it uses the builtins `max`, `min` and `abs`: evaluate it where these are not
-  shadowed.
+- Where torch computes with floats (`FloorToInt(1.5*ToFloat(s0))`, of an interpolation), so does the expression, in
+  double precision and for sizes below 2**63. Each sum or product may have one float operation only: of more, sympy
+  does not tell the order that they were done in, and with it the last bit.
+- Besides the caller's names it uses the builtins `max`, `min`, `abs`, `float`, `int` and `round`: evaluate it
+  where these are not shadowed.
 
 `torch.utils._sympy.functions` is private to torch; the names used here exist in 2.11, 2.13 and 2.15.
 """
@@ -27,6 +30,7 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from typing import cast
 
 import sympy
 from sympy.logic.boolalg import BooleanAtom
@@ -55,6 +59,16 @@ _BUILTINS: dict[type[sympy.Basic], str] = {
     sympy.Abs: "abs",
 }
 
+# From floats to integers; `x // 1` is the floor, still a float.
+_ROUNDINGS: dict[type[sympy.Basic], str] = {
+    torch_functions.FloorToInt: "int(x // 1)",
+    torch_functions.CeilToInt: "-int(-x // 1)",
+    torch_functions.RoundToInt: "round(x)",
+    torch_functions.TruncToInt: "int(x)",
+}
+
+_FLOATS = (sympy.Float, torch_functions.ToFloat, torch_functions.IntTrueDiv)
+
 _HIGHEST_EXPONENT = 63  # sizes are 64-bit
 
 _REFUSAL = "late guard{} has no predicate: {}; the region stays on the pair"
@@ -80,7 +94,8 @@ def source(relations: Iterable[sympy.Basic], names: Mapping[sympy.Symbol, str]) 
     """One Python boolean expression that is true exactly when all `relations` hold; "True" for none.
 
     `names` gives, for each symbol, the identifier (or other expression) that holds its value, an int.
-    Raises `Inexpressible` for floats, infinities, symbols not in `names` and functions not known here.
+    Raises `Inexpressible` for longer float arithmetic, infinities, symbols not in `names` and functions not
+    known here.
     """
     conjuncts: dict[str, None] = {}  # a set that keeps order: what makes a term defined comes before the term
     for relation in relations:
@@ -120,8 +135,26 @@ class _Translation:
                     numerator, denominator = sympy.fraction(sympy.together(left - right))
                     self._require(sympy.Ne, denominator, 0)
                     left, right = numerator * denominator, sympy.S.Zero  # has the sign of the fraction
-                return _compare(self._integer(left), type(expr), self._integer(right))
+                return _compare(self._number(left), type(expr), self._number(right))
         raise self._inexpressible(f"{type(expr).__name__} is not known as a relation: {expr}")
+
+    def _number(self, expr: sympy.Basic) -> ast.expr:
+        return self._integer(expr) if expr.is_integer or not expr.has(*_FLOATS) else self._float(expr)
+
+    def _float(self, expr: sympy.Basic) -> ast.expr:
+        """A number in double precision; an integer in it becomes one where it meets a float, as in torch."""
+        match expr:
+            case sympy.Float() if abs(expr) < 2**64:
+                return _literal(float(expr))
+            case torch_functions.ToFloat(args=(number,)):
+                return ast.Call(ast.Name("float"), [self._integer(number)], [])
+            case torch_functions.IntTrueDiv(args=(dividend, divisor)):
+                return self._divide(dividend, ast.Div(), divisor)
+            case sympy.Add(args=(left, right)):
+                return ast.BinOp(self._number(left), ast.Add(), self._number(right))
+            case sympy.Mul(args=(left, right)):
+                return ast.BinOp(self._number(left), ast.Mult(), self._number(right))
+        raise self._inexpressible(f"{type(expr).__name__} is not known as an operation on floats: {expr}")
 
     def _integer(self, expr: sympy.Basic) -> ast.expr:
         match expr:
@@ -153,12 +186,20 @@ class _Translation:
                 return ast.BinOp(quotient, ast.Mod(), self._require(sympy.Ne, modulus, 0))
             case torch_functions.Where(args=(condition, then, otherwise)):
                 return ast.IfExp(self._boolean(condition), self._integer(then), self._integer(otherwise))
+        if type(expr) in _ROUNDINGS:
+            return self._round(expr.args[0], _ROUNDINGS[type(expr)])
         arguments = map(self._integer, expr.args)
         if type(expr) in _BITWISE:
             return _fold(_BITWISE[type(expr)], arguments)
         if type(expr) in _BUILTINS:
             return ast.Call(ast.Name(_BUILTINS[type(expr)]), list(arguments), [])
         raise self._inexpressible(f"{type(expr).__name__} is not known as integer arithmetic: {expr}")
+
+    def _round(self, number: sympy.Basic, rounding: str) -> ast.expr:
+        if number.is_integer:
+            return self._integer(number)
+        expression = ast.parse(rounding, mode="eval").body
+        return cast("ast.expr", _Insertion(self._float(number)).visit(expression))
 
     def _symbol(self, symbol: sympy.Symbol) -> ast.expr:
         if symbol not in self._names:
@@ -193,6 +234,16 @@ class _Translation:
         return Inexpressible(_REFUSAL.format(f" {self._relation}", reason))
 
 
+class _Insertion(ast.NodeTransformer):
+    """Puts an expression in place of `x`."""
+
+    def __init__(self, expression: ast.expr) -> None:
+        self._expression = expression
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self._expression if node.id == "x" else node
+
+
 def _is_fraction(expr: sympy.Basic) -> bool:
     match expr:
         case sympy.Rational():
@@ -210,6 +261,6 @@ def _fold(op: ast.operator, operands: Iterable[ast.expr]) -> ast.expr:
     return functools.reduce(lambda left, right: ast.BinOp(left, op, right), operands)
 
 
-def _literal(value: int) -> ast.expr:
+def _literal(value: float) -> ast.expr:
     """`value` with its sign as an operator: `ast.unparse` would write a base of -2 as `-2 ** n`."""
     return ast.Constant(value) if value >= 0 else ast.UnaryOp(ast.USub(), ast.Constant(-value))

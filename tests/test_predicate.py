@@ -11,7 +11,15 @@ import sympy
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from torch.utils._sympy import functions as torch_functions
-from torch.utils._sympy.functions import FloorDiv, Mod, ModularIndexing, PowByNatural, PythonMod
+from torch.utils._sympy.functions import (
+    FloorDiv,
+    IntTrueDiv,
+    Mod,
+    ModularIndexing,
+    PowByNatural,
+    PythonMod,
+    ToFloat,
+)
 from torch.utils._sympy.numbers import int_oo
 
 from guards import Inexpressible, source, undecided
@@ -200,6 +208,26 @@ def test_text(relations: list[sympy.Basic], text: str) -> None:
     assert source(relations, {symbol: str(symbol) for symbol in symbols}) == text
 
 
+@pytest.mark.parametrize(
+    "relation",
+    [
+        s0 < sympy.Float(2.5),
+        ToFloat(s0) >= 7,
+        IntTrueDiv(s0, s1) < 3,
+        torch_functions.RoundToInt(IntTrueDiv(s0, 2) + 1.0) <= s1,
+        sympy.Eq(torch_functions.FloorToInt(1.8735363483429 * ToFloat(s0)), s1),
+        sympy.Eq(torch_functions.CeilToInt(0.3 * ToFloat(s0)), torch_functions.FloorToInt(0.3 * ToFloat(s0)) + 1),
+        Max(1, torch_functions.CeilToInt(torch_functions.FloorToInt(-1.25 * ToFloat(s0)))) < s1,
+        torch_functions.TruncToInt(0.7 - IntTrueDiv(s0, 3)) * s1 > -10,
+    ],
+    ids=str,
+)
+def test_floats_are_torchs(relation: sympy.Basic) -> None:
+    samples = [*range(1, 60), 1000, 2**31 - 1, 10**15 - 1]  # sympy takes longer integers with more than 53 bits
+    values = [{s0: size, s1: other} for size in samples for other in (1, 2, 7, 15, 28)]
+    assert [holds(relation, v) for v in values] == [expected(relation, v) for v in values]
+
+
 def test_a_name_may_be_an_expression() -> None:
     assert source([3 * a > 2, b > 2], {a: "x + 1", b: "args[0]"}) == "3 * (x + 1) > 2 and args[0] > 2"
 
@@ -209,10 +237,11 @@ def test_a_name_may_be_an_expression() -> None:
     [
         (a < sympy.Symbol("u0", integer=True), "the symbol u0 is not an argument of the graph"),
         (a < sympy.Symbol("zf1", real=True), "the symbol zf1 is not an integer"),
-        (torch_functions.IntTrueDiv(a, b) < 2, "IntTrueDiv"),
         (torch_functions.FloatTrueDiv(a, b) < 2, "FloatTrueDiv"),
         (torch_functions.FloatPow(a, b) < 2, "FloatPow"),
-        (torch_functions.ToFloat(a) < 2, "ToFloat"),
+        (ToFloat(a) + ToFloat(b) + ToFloat(c) < 2, "Add is not known as an operation on floats"),
+        (1.5 * ToFloat(a) * ToFloat(b) < 2, "Mul is not known as an operation on floats"),
+        (a < sympy.Float(2.0**70), "Float"),
         (torch_functions.FloorToInt(a / 2) < 2, "FloorToInt"),
         (torch_functions.CeilToInt(a / 2) < 2, "CeilToInt"),
         (torch_functions.TruncToInt(a / 2) < 2, "TruncToInt"),
@@ -220,7 +249,6 @@ def test_a_name_may_be_an_expression() -> None:
         (torch_functions.OpaqueUnaryFn_sqrt(a) < 2, "OpaqueUnaryFn_sqrt"),
         (sympy.Eq(sympy.floor(a / 2), 2), "floor"),
         (sympy.Function("mystery")(a) < 2, "mystery"),
-        (a < sympy.Float(2.5), "Float"),
         (sympy.Eq(a, int_oo, evaluate=False), "int_oo"),
         (sympy.Eq(a, sympy.oo, evaluate=False), "oo"),
         (Max(a / 3, b) < 3, "1/3"),
