@@ -46,7 +46,7 @@ def _eager(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
     Graphs with convolutions keep their threads: whether there is more than one decides which of PyTorch's
     backends a convolution runs on, and so the layout of its output.
     """
-    run: Boxed = internals.boxed_nop(gm, example_inputs)
+    run: Boxed = _uncounted_changes(gm, internals.boxed_nop(gm, example_inputs))
     if any("convolution" in str(node.target) for node in gm.graph.nodes):
         return run
 
@@ -63,6 +63,26 @@ def _eager(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
 
     run_beside_workers._boxed_call = True  # type: ignore[attr-defined]
     return run_beside_workers
+
+
+def _uncounted_changes(gm: torch.fx.GraphModule, run: Boxed) -> Boxed:
+    """Leave it to AOTAutograd's wrapper to count that inputs are changed in place (`Tensor._version`).
+
+    It does so because Inductor's code does not count; the eager operators would count a second time.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    copy = torch.ops.aten.copy_.default
+    changed = [at for at, x in enumerate(inputs) if any(u.target is copy and u.args[0] is x for u in x.users)]
+    if not changed:
+        return run
+
+    def run_uncounted(args: list[Any]) -> Any:
+        counted = tuple(args[at] for at in changed if not args[at].is_inference())
+        with torch.autograd._unsafe_preserve_version_counter(counted):  # type: ignore[attr-defined]
+            return run(args)
+
+    run_uncounted._boxed_call = True  # type: ignore[attr-defined]
+    return run_uncounted
 
 
 def _end_idle_threads() -> None:

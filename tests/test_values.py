@@ -405,6 +405,25 @@ def test_sizes_that_specialise_in_any_order(sizes: tuple[int, ...], device: str)
     through_swap(chunked, device=device)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_change_in_place_counts_once(training: bool, device: str) -> None:
+    frame_swap.configure(when="manual")
+    buffer = torch.zeros(4, device=device)
+
+    def accumulate(x: Tensor) -> Tensor:
+        buffer.add_(x.detach())
+        return x * buffer.sum()
+
+    function = with_frame_swap(accumulate)
+    x = torch.rand(4, device=device, requires_grad=training)
+    versions = []
+    for call in (accumulate, function, function, lambda x: (frame_swap.wait(), frame_swap.swap(), function(x))):
+        before = buffer._version
+        call(x)
+        versions.append(buffer._version - before)
+    assert versions == [1, 1, 1, 1]
+
+
 # The moment of the swap
 
 
