@@ -69,16 +69,16 @@ def frame_swap_backend(
     when = settings.current().when
 
     # 2. Ship
-    try:
-        with region.timed("ship_s"):
-            parcel = ship.pack(gm, example_inputs, changes, compile_id or None)
-    except ship.Unshippable as error:
-        return _compile_in_foreground(region, str(error), gm, example_inputs, changes)
-    shapes, limit = internals.FrameShapes(example_inputs), internals.recompile_limit()
-    shipment = _Shipment(region, parcel, changes, shapes, limit)
     if when == "never":
         region.settle(State.EAGER, 'when="never"')
     else:
+        try:
+            with region.timed("ship_s"):
+                parcel = ship.pack(gm, example_inputs, changes, compile_id or None)
+        except ship.Unshippable as error:
+            return _compile_in_foreground(region, str(error), gm, example_inputs, changes)
+        shapes, limit = internals.FrameShapes(example_inputs), internals.recompile_limit()
+        shipment = _Shipment(region, parcel, changes, shapes, limit)
         internals.prepare_cudagraphs(changes)
         job = _submit(shipment, deliver=when != "wait")
 

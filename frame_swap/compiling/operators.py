@@ -46,7 +46,6 @@ from .refusal import Unshippable, first_line
 _TORCH_NAMESPACES = frozenset(
     ("aten", "prim", "prims", "higher_order", "inductor", "quantized", "_quantized", "quantized_decomposed")
     + ("mkldnn", "onednn", "mkl", "profiler", "debugprims", "fsdp", "_c10d_functional", "_dtensor", "streams")
-    + ("_inductor_test",)
 )
 
 _Library: Any = torch.library.Library  # untyped
