@@ -151,6 +151,7 @@ class Region:
         """When the compile was asked for, began and ended (seconds since the epoch), and where."""
         self.queue_s, self.compile_s = max(0.0, started - submitted), finished - started
         self.compile_span, self.worker_pid = (started, finished), pid or None
+        self.cancel = lambda: None  # there is nothing to cancel any more; the job, with the artifact, may go
 
     @contextmanager
     def timed(self, column: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 import weakref
@@ -96,6 +97,17 @@ def test_a_call_after_the_swap_touches_nothing_of_ours() -> None:
     calls = only_region().pair_calls
     assert not {name for name in files_called(lambda: compiled(x)) if "/frame_swap/" in name}
     assert only_region().pair_calls == calls
+
+
+def test_what_the_worker_sent_is_gone_after_the_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    on_outcome = backend._on_outcome
+    monkeypatch.setattr(backend, "_on_outcome", lambda s, o: sent.append(weakref.ref(o)) or on_outcome(s, o))
+    compiled = torch.compile(f, backend="frame_swap")
+    compiled(torch.randn(4, 4))
+    frame_swap.wait()
+    gc.collect()
+    assert [outcome() for outcome in sent] == [None]
 
 
 def test_forward_and_backward_change_over_together(monkeypatch: pytest.MonkeyPatch) -> None:
