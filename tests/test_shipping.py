@@ -306,7 +306,6 @@ def autograd_function(compiled: Wrap) -> Subject:
     return Subject(compiled(lambda x: Cube.apply(x).sin()), [rand_with_grad])
 
 
-@shipped
 def cond(compiled: Wrap) -> Subject:
     def function(x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
@@ -693,7 +692,11 @@ def test_nested_compile_regions_stay(device: str) -> None:
         return x.sin() + 1
 
     make: Make = lambda compiled: Subject(compiled(lambda x: layer(layer(x))), [rand_with_grad])  # noqa: E731
-    assert "nested compile region" in foreground(make, device).reason
+    assert "FX graphs, because of invoke_subgraph" in foreground(make, device).reason
+
+
+def test_cond_stays(device: str) -> None:
+    assert "FX graphs, because of cond" in foreground(cond, device).reason
 
 
 def test_freezing_stays(device: str) -> None:
