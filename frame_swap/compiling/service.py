@@ -33,6 +33,7 @@ import loky
 
 from .. import settings
 from . import artifact, worker
+from .refusal import first_line
 from .worker import Outcome
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Service:
             advice = "frame_swap.configure(executor=None) uses frame-swap's own workers"
             whose = "the worker processes" if executor is None else f"{type(executor).__name__}; {advice}"
             job._future = Future()
-            job._future.set_result(_failed(f"no compile could be started in {whose}: {_line(error)}"))
+            job._future.set_result(_failed(f"no compile could be started in {whose}: {first_line(error)}"))
         if deliver is not None:
             job._future.add_done_callback(functools.partial(self._done, job))
         return job
@@ -235,17 +236,13 @@ def _outcome(future: Future[Outcome]) -> Outcome:
     if future.cancelled():  # by `Job.cancel`, and then nobody listens; or by the user's executor
         return _failed("the executor cancelled it")
     if (error := future.exception()) is not None:
-        return _failed(f"the worker was lost: {_line(error)}")
+        return _failed(f"the worker was lost: {first_line(error)}")
     return future.result()
 
 
 def _failed(error: str) -> Outcome:
     now = time.time()
     return Outcome(None, b"", error, "", now, now, now, 0)
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
 service = Service()

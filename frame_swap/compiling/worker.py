@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+from .refusal import first_line
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -138,7 +140,7 @@ def compile_graph(parcel: bytes, sizes: dict[str, int], submitted: float) -> Out
     try:
         artifact, guards = _compile(parcel, sizes, heard.append)
     except BaseException as failure:
-        error = f"{type(failure).__name__}: {str(failure).strip()}".partition("\n")[0]
+        error = first_line(failure)
         details = traceback.format_exc()
     return Outcome(artifact, guards, error, details, submitted, started, time.time(), os.getpid(), b"".join(heard))
 
