@@ -1,4 +1,4 @@
-"""Artifact to callable, in the calling process: what `compile_fx` would have returned here."""
+"""Artifacts: packed in a worker, and made callable in the calling process, as `compile_fx` would have done here."""
 
 from __future__ import annotations
 
@@ -22,6 +22,28 @@ def prepare() -> None:
         importlib.import_module("torch._inductor.select_algorithm")
 
 
+class Deferred:
+    """The backward's FX graph, which only compiled autograd asks for: unpickled when it does.
+
+    To unpickle an FX graph is to trace it, with `nn.Module.__call__` patched for all threads meanwhile: a program's
+    own call of a module at that moment would be traced too.
+    """
+
+    def __init__(self, graph: Any) -> None:
+        self._pickled = pickle.dumps(graph)
+
+    def deserialize(self) -> Any:
+        """The FX graph, as the object that this stands for gives it."""
+        return pickle.loads(self._pickled).deserialize()
+
+
+def pack(entry: Any, kernels: libraries.Libraries) -> bytes:
+    """The artifact of an AOTAutograd cache entry, in which a compile's result is bundled, and of its kernels."""
+    if entry.serialized_bw_module is not None:
+        entry.serialized_bw_module = Deferred(entry.serialized_bw_module)
+    return pickle.dumps((entry, kernels))
+
+
 def load(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> Callable[[list[Any]], Any]:
     """Load a worker's artifact: compiled forward and backward, inside AOTAutograd's runtime wrappers.
 
@@ -36,10 +58,7 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> Calla
         from torch._inductor.cudagraph_utils import BoxedDeviceIndex
         from torch._inductor.utils import BoxedBool
 
-        bundle, kernels = pickle.loads(artifact)
-        entry = pickle.loads(bundle)
-        if isinstance(entry, tuple):  # (entry, Triton kernels of the user's, their constants): we ship none
-            entry = entry[0]
+        entry, kernels = pickle.loads(artifact)
         entry.guards_expr = None  # late guards are ours: see guards/
         _forget_totals(entry)
         fake_mode = internals.FakeTensorMode(shape_env=internals.ShapeEnv())

@@ -139,8 +139,6 @@ def _check_graph(gm: GraphModule) -> list[OpOverload]:
                 raise Unshippable(f"the graph holds a tensor of its own: {node.target}")
             if node.op == "call_module" and not isinstance(module.get_submodule(node.target), GraphModule):
                 raise Unshippable(f"the graph calls a module: {node.target}")
-            if node.target in (torch.ops.higher_order.invoke_subgraph, torch.ops.higher_order.cond):
-                raise Unshippable(f"its compiled code would hold FX graphs, because of {node.target}")
             if isinstance(node.target, (OpOverload, OpOverloadPacket)) and operators.is_custom(node.target):
                 custom.update(dict.fromkeys(operators.overloads(node.target)))
     return list(custom)

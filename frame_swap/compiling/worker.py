@@ -146,10 +146,8 @@ def compile_graph(parcel: bytes, sizes: dict[str, int], submitted: float) -> Out
 
 
 def _compile(parcel: bytes, sizes: dict[str, int], keep_echo: Callable[[bytes], None]) -> tuple[bytes, bytes]:
-    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializer
-
     from .. import internals
-    from . import echo, libraries, ship
+    from . import artifact, echo, libraries, ship
 
     graph, state, options, compile_id, definitions, triton_kernels = ship.open_parcel(parcel)
     state.extend_search_path()
@@ -181,9 +179,9 @@ def _compile(parcel: bytes, sizes: dict[str, int], keep_echo: Callable[[bytes], 
             ),
         ):
             compiled: Any = internals.stock_inductor(gm, inputs, options)
-        entry = Serializer.serialize_compile_artifacts(Serializer(compiled))
+            entry = compiled.serialize()
         late = [guard.expr for guard in shapes.guards[known:]]
-        return pickle.dumps((entry, kernels)), pickle.dumps(late)
+        return artifact.pack(entry, kernels), pickle.dumps(late)
 
 
 @contextlib.contextmanager
