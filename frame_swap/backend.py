@@ -26,12 +26,12 @@ import guards
 
 from . import internals, settings
 from .compiling import artifact, echo, ship
+from .compiling.direct import Compiled
 from .compiling.service import Job, service
 from .compiling.worker import Outcome
 from .frames import FrameGone, codegen
 from .frames.cache_entry import UnknownLayout
 from .frames.call_site import CallSite
-from .frames.codegen import direct_call
 from .pair import trace_pair
 from .region import FrameSwapWarning, Install, Region, Specialiser, State, Trampoline
 
@@ -140,13 +140,14 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
             return
         try:
             with region.timed("load_s"):
-                compiled = artifact.load(outcome.artifact, shipment.parcel.state, shipment.options)
+                state, guarded = shipment.parcel.state, trampoline.site is not None
+                compiled = artifact.load(outcome.artifact, state, shipment.options, guarded=guarded)
+                region.wrappers = compiled.wrappers
                 relations = pickle.loads(outcome.late_guards)
                 if frame_open:
                     shipment.shapes.guard_on(relations)
                 condition = _late_condition(shipment, relations, trampoline)
-                callee = direct_call(compiled)
-                prepare = functools.partial(_prepare_install, trampoline.site, callee, condition)
+                prepare = functools.partial(_prepare_install, trampoline.site, compiled, condition)
                 # An open frame has no code yet that could be prepared.
                 install: Install = (lambda: prepare()()) if frame_open else prepare()
         except guards.Inexpressible as error:
@@ -179,14 +180,13 @@ def _late_condition(
     return codegen.Condition(source, {s.name: at for s, at in shapes.symbols.items() if s in used})
 
 
-def _prepare_install(
-    site: CallSite | None, callee: Callable[..., Any], condition: codegen.Condition | None
-) -> Install:
+def _prepare_install(site: CallSite | None, compiled: Compiled, condition: codegen.Condition | None) -> Install:
     """Do off the user's thread what can be done there; the rest is for `install`, on the user's."""
+    callee = compiled.call
     if site is None:
         return lambda: (callee, condition, "called outside of a Dynamo frame: a check remains on each call")
     try:
-        code = site.rewritten(callee, condition)
+        code = site.rewritten(callee, condition, compiled.boxed)
     except codegen.Indirect as error:
         remark = f"{error}: a check remains on each call"
         return lambda: (callee, condition, remark)

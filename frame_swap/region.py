@@ -63,6 +63,7 @@ class Region:
             one artifact in a row.
         artifacts: how many are in place: more than one where a late guard made calls miss the first.
         specialising: whether a compile for such calls is queued, under way or being loaded.
+        wrappers: what of AOTAutograd's is still called around compiled code; most graphs need none of it.
         worker_pid: the process that compiled it.
         installed_at: seconds since the epoch, when its install ended.
         compile_span: seconds since the epoch, when its compile began and ended.
@@ -83,6 +84,7 @@ class Region:
         self.late_guards: tuple[str, ...] = ()
         self.artifacts = 0
         self.specialising = False
+        self.wrappers: tuple[str, ...] = ()
         self.worker_pid: int | None = None
         self.compile_span: tuple[float, float] | None = None
         self.installed_at: float | None = None

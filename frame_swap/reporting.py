@@ -27,6 +27,7 @@ _COLUMNS = (
     "artifact_bytes",
     "late_guards",
     "artifacts",
+    "wrappers",
     "worker_pid",
 )
 
@@ -59,6 +60,7 @@ class Report:
             "install ms",
             "kB",
             "guards",
+            "wrappers",
             "pid",
         ):
             table.add_column(title, justify="right")
@@ -72,6 +74,7 @@ class Report:
                 _number(r.install_s and 1e3 * r.install_s, 1),
                 _number(r.artifact_bytes and r.artifact_bytes / 1e3, 0),
                 str(len(r.late_guards) or ""),
+                ", ".join(r.wrappers),
                 str(r.worker_pid or ""),
             )
         counts = Counter(str(region.state) for region in self.regions)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 from .. import internals
 from . import echo, libraries
+from .direct import Compiled, Replacement
 from .process_state import ProcessState
 
 
@@ -44,11 +44,15 @@ def pack(entry: Any, kernels: libraries.Libraries) -> bytes:
     return pickle.dumps((entry, kernels))
 
 
-def load(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> Callable[[list[Any]], Any]:
-    """Load a worker's artifact: compiled forward and backward, inside AOTAutograd's runtime wrappers.
+def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guarded: bool) -> Compiled:
+    """Load a worker's artifact: compiled forward and backward, with what a call of them needs around them.
 
-    Returns a callable of the boxed convention: it takes one list of the graph's inputs, which it empties, and
-    returns the graph's outputs. Holds Dynamo's compile lock meanwhile, since configs are process-wide.
+    Holds Dynamo's compile lock meanwhile, since configs are process-wide.
+
+    Args:
+        state: of the thread and the process at capture.
+        options: changes of Inductor's config, as `settings.inductor_options` has them.
+        guarded: whether each call finds grad mode as it was at capture, as a frame's guards make sure.
 
     PyTorch's own `deserialize_bundled_cache_entry` does the same and copies the entry to be able to serialise
     it again, which we never do.
@@ -63,8 +67,9 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> Calla
         _forget_totals(entry)
         fake_mode = internals.FakeTensorMode(shape_env=internals.ShapeEnv())
         tracing = internals.tracing(internals.TracingContext(fake_mode))
-        with tracing, libraries.supplied(kernels), echo.muted():
-            compiled: Callable[[list[Any]], Any] = entry.wrap_post_compile(
+        direct = Replacement(entry, state.grad if guarded else None)
+        with tracing, libraries.supplied(kernels), echo.muted(), direct.installed():
+            outermost = entry.wrap_post_compile(
                 [],
                 entry.sanitized_aot_config,
                 {
@@ -72,7 +77,7 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> Calla
                     "boxed_forward_device_index": BoxedDeviceIndex(None),
                 },
             )
-        return compiled
+        return direct.result(outermost)
 
 
 def _forget_totals(entry: Any) -> None:

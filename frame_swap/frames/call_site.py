@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -42,17 +43,25 @@ class CallSite:
         internals.skip_frames(type(callee).__call__.__code__)
         _install_hook()
 
-    def rewritten(self, callee: Any, condition: Condition | None = None) -> CodeType:
+    def rewritten(
+        self,
+        callee: Any,
+        condition: Condition | None = None,
+        boxed: Callable[[list[Any]], Any] | None = None,
+    ) -> CodeType:
         """The frame's code, calling `callee` instead, or only where `condition` holds.
 
         Takes milliseconds; any thread may do it.
+
+        Args:
+            boxed: `callee` for a call with all arguments in one list, where that is cheaper.
 
         Raises:
             FrameGone, Indirect.
         """
         _, generated = self._codes()
         if condition is None:
-            return codegen.call_instead(generated, self._callee(), callee)
+            return codegen.call_instead(generated, self._callee(), callee, boxed)
         return codegen.call_if(generated, condition, self._callee(), callee)
 
     def redirect(self, code: CodeType) -> None:

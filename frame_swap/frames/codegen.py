@@ -1,4 +1,4 @@
-"""New code objects from old ones, and the small functions that rewritten frames call."""
+"""New code objects from old ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from bytecode import Bytecode, Instr, Label
 
-from .. import internals
+from .. import generated
 
 
 class Indirect(Exception):
@@ -30,7 +30,10 @@ class Condition(NamedTuple):
 
 
 def call_constants(code: CodeType, callees: Mapping[str, object]) -> CodeType:
-    """`code` with each `LOAD_GLOBAL name` of a name in `callees` replaced by its callee, as a constant."""
+    """`code` with each `LOAD_GLOBAL name` of a name in `callees` replaced by its callee, as a constant.
+
+    What Dynamo's code records for the profiler before it calls a graph is left out.
+    """
 
     def load(instruction: Instr) -> list[Instr]:
         pushes_null, name = cast("tuple[bool, str]", instruction.arg)
@@ -41,18 +44,47 @@ def call_constants(code: CodeType, callees: Mapping[str, object]) -> CodeType:
         # Python 3.13 turned the order of callable and NULL around.
         return [constant, null] if sys.version_info >= (3, 13) else [null, constant]
 
-    return _replace(
-        code, lambda i: i.name == "LOAD_GLOBAL" and isinstance(i.arg, tuple) and i.arg[1] in callees, load
-    )
+    instructions = Bytecode.from_code(code)
+    for at in _find(
+        instructions, lambda i: i.name == "LOAD_GLOBAL" and isinstance(i.arg, tuple) and i.arg[1] in callees
+    ):
+        instructions[at : at + 1] = load(cast(Instr, instructions[at]))
+    for at in _find(instructions, lambda i: i.name in ("LOAD_ATTR", "LOAD_METHOD") and _name(i) in _RECORDS):
+        _answer_with_none(instructions, at)
+    return instructions.to_code()
 
 
-def call_instead(code: CodeType, old: object, new: object) -> CodeType:
-    """`code` with the constant `old` replaced by `new`."""
-    return _replace(
-        code,
-        lambda i: i.name == "LOAD_CONST" and i.arg is old,
-        lambda i: [Instr("LOAD_CONST", new, location=i.location)],
-    )
+_RECORDS = ("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit")
+
+
+def _name(instruction: Instr) -> object:
+    return instruction.arg[1] if isinstance(instruction.arg, tuple) else instruction.arg
+
+
+def _answer_with_none(instructions: Bytecode, at: int) -> None:
+    """Leave out a call of the function that the instruction at `at` gets from what the one before it pushed."""
+    end = next(i for i in range(at, len(instructions)) if getattr(instructions[i], "name", "") == "CALL")
+    stored = [i.arg for i in instructions[at:end] if isinstance(i, Instr) and i.name == "STORE_FAST"]
+    none = Instr("LOAD_CONST", None)
+    instructions[at - 1 : end + 1] = [*(i for name in stored for i in (none, Instr("STORE_FAST", name))), none]
+
+
+def call_instead(
+    code: CodeType, old: object, new: object, boxed: Callable[[list[Any]], Any] | None = None
+) -> CodeType:
+    """`code` with `new` called in place of the constant `old`; or `boxed`, with the arguments in one list."""
+    instructions = Bytecode.from_code(code)
+    for at in _find(instructions, lambda i: i.name == "LOAD_CONST" and i.arg is old):
+        callee = new
+        if boxed is not None:
+            ready, arguments = _ready_for_call(instructions, at)
+            if cast(Instr, instructions[ready]).name == _CALL:  # no condition stands in between
+                end = ready + 1 + (_CALL != "CALL")
+                calls = [Instr(cast(Instr, i).name, 1) for i in instructions[ready:end]]
+                instructions[ready:end] = [Instr("BUILD_LIST", arguments), *calls]
+                callee = boxed
+        instructions[at] = Instr("LOAD_CONST", callee)
+    return instructions.to_code()
 
 
 def call_if(code: CodeType, condition: Condition, old: object, new: object) -> CodeType:
@@ -64,7 +96,7 @@ def call_if(code: CodeType, condition: Condition, old: object, new: object) -> C
         Indirect: what is called with what cannot be told from the code.
     """
     instructions = Bytecode.from_code(code)
-    for at in reversed(_find(instructions, lambda i: i.name == "LOAD_CONST" and i.arg is old)):
+    for at in _find(instructions, lambda i: i.name == "LOAD_CONST" and i.arg is old):
         ready, arguments = _ready_for_call(instructions, at)
         instructions[ready:ready] = _change_callee_if(condition, new, arguments)
     return instructions.to_code()
@@ -143,33 +175,12 @@ def _expression(source: str, variables: Mapping[str, str]) -> list[Instr | Label
     return instructions
 
 
-def _replace(code: CodeType, matches: Callable[[Instr], bool], load: Callable[[Instr], list[Instr]]) -> CodeType:
-    instructions = Bytecode.from_code(code)
-    for at in reversed(_find(instructions, matches)):
-        instructions[at : at + 1] = load(cast(Instr, instructions[at]))
-    return instructions.to_code()
-
-
 def _find(instructions: Bytecode, matches: Callable[[Instr], bool]) -> list[int]:
-    return [at for at, i in enumerate(instructions) if isinstance(i, Instr) and matches(i)]
-
-
-def direct_call(compiled: Callable[[list[Any]], Any]) -> Callable[..., Any]:
-    """A function that takes the graph's inputs and calls `compiled`, which takes them as one list.
-
-    Each has a code object of its own, which Dynamo is told not to trace, nor anything below it.
-    """
-    return _function("def compiled_graph(*args):\n    return compiled(list(args))\n", compiled=compiled)
+    """Where `instructions` match, the last first: those before a change stay where they are."""
+    return [at for at, i in reversed(list(enumerate(instructions))) if isinstance(i, Instr) and matches(i)]
 
 
 def predicate(condition: Condition) -> Callable[..., bool]:
     """A function of the graph's inputs that says whether `condition` holds: for where it cannot stand inline."""
     inputs = "".join(f"    {name} = args[{which}]\n" for name, which in condition.inputs.items())
-    return _function(f"def fits(*args):\n{inputs}    return {condition.source}\n")
-
-
-def _function(source: str, **scope: Any) -> Callable[..., Any]:
-    exec(compile(source, "<frame-swap>", "exec"), scope)
-    _, function = scope.popitem()
-    internals.skip_frames(function.__code__)
-    return cast("Callable[..., Any]", function)
+    return generated.function(f"def fits(*args):\n{inputs}    return {condition.source}\n")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import frame_swap
-from frame_swap import backend
-from frame_swap.frames.codegen import direct_call
+from frame_swap.compiling import artifact
+from frame_swap.compiling.direct import Compiled
 
 from . import twice
 from .arguments import Arguments, Uncopyable
@@ -204,16 +204,18 @@ def test_a_call_ends_in_the_rewritten_frame() -> None:
 
 @pytest.mark.usefixtures("calls_made_twice")
 def test_a_mismatch_names_the_graph_and_does_not_stop_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong_call(*args: Any) -> Graph:
-        callee = direct_call(*args)
+    load = artifact.load
+
+    def load_wrong(*args: Any, **options: Any) -> Compiled:
+        compiled = load(*args, **options)
 
         def off_by_one(*inputs: Any) -> tuple[Any, ...]:
-            return (callee(*inputs)[0] + 1,)
+            return (compiled.call(*inputs)[0] + 1,)
 
         frame_swap.internals.skip_frames(off_by_one.__code__)
-        return off_by_one
+        return Compiled(off_by_one, None, ())
 
-    monkeypatch.setattr(backend, "direct_call", wrong_call)
+    monkeypatch.setattr(artifact, "load", load_wrong)
 
     @torch.compile(backend="frame_swap")
     def double(x: Tensor) -> Tensor:

@@ -81,6 +81,10 @@ class Verdict:
         """How many graphs were not shipped, or not swapped, for which reason."""
         return {state: self._total(state) for state in ("foreground", "failed", "rejected")}
 
+    def wrappers(self) -> Counter[str]:
+        """How many swapped graphs are still called through which of AOTAutograd's wrappers; "" for none."""
+        return self._total("wrappers")
+
     def calls(self) -> Counter[str]:
         """Mode "ready": how many calls were made twice and compared, and why others were not."""
         return self._total("twice")
@@ -130,6 +134,8 @@ def _remarks(verdict: Verdict) -> list[str]:
     lines += [f"stock fails here, too: {name}" for name in sorted(verdict.stock_too)]
     for state, reasons in verdict.reasons().items():
         lines += [f"{state}: {count} graphs: {reason}" for reason, count in reasons.most_common()]
+    for which, count in verdict.wrappers().most_common():
+        lines.append(f"called {f'through AOTAutograd: {which}' if which else 'directly'}: {count} graphs")
     lines += [f"calls {what}: {count}" for what, count in verdict.calls().most_common()]
     if verdict.aside():
         lines.append(f"compiled by stock Inductor, without Dynamo: {verdict.aside()} graphs")
