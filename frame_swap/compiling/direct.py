@@ -77,7 +77,9 @@ class Replacement:
         boxed, made = self._made
         if outermost is boxed:
             return made
-        around = tuple(type(wrapper).__name__ for wrapper in self._entry.dispatch_wrappers)
+        active = [type(w).__name__ for w in self._entry.dispatch_wrappers if getattr(w, "needs_post_compile", True)]
+        names = {"AOTDedupeWrapper": "inputs passed twice", "AOTSyntheticBaseWrapper": "overlapping inputs"}
+        around = (names.get(name, name) for name in active)
         return Compiled(_unboxed(outermost), None, (*around, *made.wrappers))
 
 

@@ -63,10 +63,12 @@ def _name(instruction: Instr) -> object:
 
 def _answer_with_none(instructions: Bytecode, at: int) -> None:
     """Leave out a call of the function that the instruction at `at` gets from what the one before it pushed."""
-    end = next(i for i in range(at, len(instructions)) if getattr(instructions[i], "name", "") == "CALL")
-    stored = [i.arg for i in instructions[at:end] if isinstance(i, Instr) and i.name == "STORE_FAST"]
-    none = Instr("LOAD_CONST", None)
-    instructions[at - 1 : end + 1] = [*(i for name in stored for i in (none, Instr("STORE_FAST", name))), none]
+    end = next(i for i in range(at, len(instructions)) if getattr(instructions[i], "name", "") == "CALL") + 1
+    call = [i for i in instructions[at - 1 : end] if isinstance(i, Instr)]
+    if sum(i.stack_effect() for i in call) == 1:  # or it is not written as we know it, and stays
+        none = Instr("LOAD_CONST", None)
+        stored = (i for i in call if i.name == "STORE_FAST")
+        instructions[at - 1 : end] = [*(i for store in stored for i in (none, store)), none]
 
 
 def call_instead(

@@ -1,0 +1,154 @@
+"""What is left around compiled code: nothing of AOTAutograd's, unless the report says so."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import assert_same, observe
+from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+import frame_swap
+from frame_swap import State, internals
+
+WRAPPERS = re.compile(r"torch/_functorch/_aot_autograd/(runtime_wrappers\.py|.*:codegen\()")
+
+
+class Case(NamedTuple):
+    """A function, what it is called with, and whether in grad mode."""
+
+    function: Callable[..., Any]
+    make: Callable[[], tuple[Any, ...]]
+    grad: bool = True
+    wrappers: tuple[str, ...] = ()
+
+
+def rand() -> tuple[Tensor, ...]:
+    return torch.rand(4, 4), torch.rand(4, 4)
+
+
+def rand_with_grad() -> tuple[Tensor, ...]:
+    return torch.rand(4, 4, requires_grad=True), torch.rand(4, 4, requires_grad=True)
+
+
+def no_leaves() -> tuple[Tensor, ...]:
+    return tuple(x * 1 for x in rand_with_grad())
+
+
+def two_tensors() -> tuple[Tensor, ...]:
+    return (TwoTensor(*rand()).requires_grad_(), torch.rand(4, 4))
+
+
+def overlapping() -> tuple[Tensor, ...]:
+    x = torch.rand(6)
+    return x[:4], x[2:]
+
+
+def autocast(x: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return x @ y
+
+
+def leaves_grad_off(x: Tensor, y: Tensor) -> Tensor:
+    out = x * y
+    torch.set_grad_enabled(False)
+    return out
+
+
+CASES = {
+    "inference": Case(lambda x, y: (x + y).relu(), rand, grad=False),
+    "inference with grad mode on": Case(lambda x, y: (x + y).relu(), rand),
+    "training": Case(lambda x, y: (x @ y).sin(), rand_with_grad),
+    "training where grad mode is off": Case(torch.enable_grad()(lambda x, y: x * y), rand_with_grad, grad=False),
+    "constant and whole outputs": Case(lambda x, y: (x * y, x > y, x.detach() + 1, x.shape[0]), rand_with_grad),
+    "changed inputs": Case(lambda x, y: x.mul_(2).add_(y), rand, grad=False),
+    "changed inputs that need gradients": Case(lambda x, y: x.mul_(2).add_(y).sin(), no_leaves),
+    "inputs of another shape afterwards": Case(lambda x, y: x.t_().add_(1) * y, rand, grad=False),
+    "views of inputs": Case(lambda x, y: (x[1:], (x * y)[0], y), rand_with_grad),
+    "views of what is computed": Case(lambda x, y: ((z := x * y), z[1:], z.t(), z.view(16)), rand_with_grad),
+    "autocast": Case(autocast, rand_with_grad),
+    "grad mode changed": Case(leaves_grad_off, rand_with_grad),
+    "subclasses": Case(lambda x, y: x.sin() @ y, two_tensors, wrappers=("subclasses",)),
+    "inputs that overlap": Case(lambda x, y: (x.mul_(2), y + 1)[1], overlapping, False, ("overlapping inputs",)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_only_wrappers_that_the_report_names_are_called(case: Case) -> None:
+    frame_swap.configure(when="manual")
+    compiled = torch.compile(case.function, backend="frame_swap")
+    with torch.set_grad_enabled(case.grad):
+        compiled(*case.make())
+    frame_swap.wait()
+    (region,) = frame_swap.swap().regions
+    assert (region.state, region.reason, region.wrappers) == (State.INSTALLED, "", case.wrappers)
+    torch.manual_seed(0)
+    args = case.make()
+    with torch.set_grad_enabled(case.grad), called() as files:
+        actual = observe(compiled, args)
+    torch.manual_seed(0)
+    args = case.make()
+    with torch.set_grad_enabled(case.grad):
+        expected = observe(case.function, args)
+    assert_same(actual, expected, "after the swap")
+    assert frame_swap.report().regions == [region], "it was compiled again"
+    wrappers = {file for file in files if WRAPPERS.search(file)}
+    assert bool(wrappers) == bool(case.wrappers), files
+    assert frame_swap.report().as_dict()["regions"][0]["wrappers"] == list(case.wrappers)
+    assert all(name in str(frame_swap.report()) for name in case.wrappers)
+
+
+class called:
+    """The files of all Python functions that this thread calls meanwhile, autograd's calls included."""
+
+    def __enter__(self) -> set[str]:
+        files: set[str] = set()
+
+        def note(frame: FrameType, event: str, arg: object) -> None:
+            if event == "call":
+                files.add(frame.f_code.co_filename)
+
+        sys.setprofile(note)
+        return files
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+
+def test_inference_is_called_from_the_frames_own_code() -> None:
+    frame_swap.configure(when="manual")
+
+    def function(x: Tensor) -> Tensor:
+        return x.sin() + 1
+
+    with torch.no_grad():
+        compiled = torch.compile(function, backend="frame_swap")
+        compiled(torch.rand(4))
+        frame_swap.wait()
+        frame_swap.swap()
+        (entry,) = internals.cache_entries(function.__code__)
+        (callee,) = (constant for constant in entry.code.co_consts if callable(constant))
+        assert callee.__qualname__ == "Runner.call", "the function that Inductor has generated"
+        assert not [name for name in entry.code.co_names if name.startswith("record_pregraph")]
+        torch.testing.assert_close(compiled(torch.ones(4)), torch.ones(4).sin() + 1)
+
+
+def test_modules_run_with_no_wrapper_left() -> None:
+    frame_swap.configure(when="manual")
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.LazyLinear(2)
+    )
+    x = torch.rand(2, 3, 6, 6)
+    model(x)
+    compiled = torch.compile(model, backend="frame_swap")
+    compiled(x).sum().backward()
+    frame_swap.wait()
+    (region,) = frame_swap.swap().regions
+    compiled(x).sum().backward()
+    assert (region.state, region.wrappers) == (State.INSTALLED, ())
