@@ -1,9 +1,12 @@
-"""Small functions written for one graph, as source text."""
+"""Functions written for one graph, as source text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, cast
+
+import torch
 
 from . import internals
 
@@ -19,3 +22,46 @@ def function(source: str, **scope: Any) -> Callable[..., Any]:
     made = scope.pop(name)  # or it would keep itself alive
     internals.skip_frames(made.__code__)
     return cast("Callable[..., Any]", made)
+
+
+class Source:
+    """Lines of a function, and what they name."""
+
+    def __init__(self, signature: str, **scope: Any) -> None:
+        self._lines = [f"def {signature}:"]
+        self._depth = 1
+        self._scope = {"Tensor": torch.Tensor, **scope}
+
+    def __call__(self, line: str, **scope: Any) -> None:
+        self._lines.append("    " * self._depth + line)
+        self._scope.update(scope)
+
+    def names(self, **scope: Any) -> None:
+        """What lines name."""
+        self._scope.update(scope)
+
+    @contextlib.contextmanager
+    def block(self, opening: str, **scope: Any) -> Iterator[None]:
+        """What is written meanwhile stands below `opening`, indented."""
+        self(opening, **scope)
+        self._depth += 1
+        yield
+        self._depth -= 1
+
+    def without_autocast(self) -> contextlib.AbstractContextManager[None]:
+        """What is written meanwhile runs without autocast: its casts are in the graph."""
+        return self.block("with no_autocast():", no_autocast=internals.no_autocast)
+
+    @contextlib.contextmanager
+    def switched(self, name: str, get: Callable[[], bool], set: Callable[[bool], None], to: bool) -> Iterator[None]:
+        """What is written meanwhile runs with a switch of the thread's turned to `to`."""
+        self(f"{name} = get_{name}()", **{f"get_{name}": get, f"set_{name}": set})
+        with self.block("try:"):
+            self(f"if {name} is not {to}: set_{name}({to})")
+            yield
+        with self.block("finally:"):
+            self(f"if {name} is not {to}: set_{name}({name})")
+
+    def function(self) -> Callable[..., Any]:
+        """The function."""
+        return function("\n".join(self._lines) + "\n", **self._scope)

@@ -33,8 +33,17 @@ try:
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
     import torch._logging._internal as torch_logging
+    from torch._C import _DisableAutocast as no_autocast
+    from torch._C import _get_deterministic_algorithms as deterministic_algorithms
+    from torch._C import _get_obj_in_tls as thread_local
+    from torch._C import _is_key_in_tls as is_thread_local
+    from torch._C import _is_view_replay_enabled as is_view_replay_enabled
+    from torch._C import _set_grad_enabled as set_grad_enabled
+    from torch._C import _set_view_replay_enabled as set_view_replay_enabled
+    from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
     from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._C._functorch import peek_interpreter_stack
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._dynamo.convert_frame import compile_lock, output_codes, register_bytecode_hook
@@ -49,6 +58,10 @@ try:
         get_metrics_context,
         orig_code_map,
     )
+    from torch._functorch._aot_autograd import runtime_wrappers
+    from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
+    from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper, coerce_to_expected_memory_format
+    from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
     from torch._guards import (
         CompileContext,
         CompileId,
@@ -75,6 +88,11 @@ try:
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
+    mark_dynamic = (
+        getattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices", None)
+        or runtime_wrappers.maybe_mark_dynamic_helper  # type: ignore[attr-defined]  # up to 2.12
+    )
+
     # Looked up at each use, because torch assigns them anew or we do; here to see that they exist.
     _ASSIGNED = (torch_logging.log_state, torch_logging.GET_DTRACE_STRUCTURED, structured.intern_string)
 except (
@@ -97,8 +115,11 @@ __all__ = [
     "GraphPicklerOptions",
     "LazyTraceHandler",
     "LogState",
+    "OutputType",
+    "RuntimeWrapper",
     "ShapeEnv",
     "SymNode",
+    "TensorAlias",
     "TorchDynamoException",
     "TracingContext",
     "adopt_code",
@@ -110,6 +131,7 @@ __all__ = [
     "cache_entries",
     "captured_frame",
     "changed_configs",
+    "coerce_to_expected_memory_format",
     "compilation_time_metrics",
     "compile_context",
     "compile_lock",
@@ -117,16 +139,25 @@ __all__ = [
     "custom_op_def",
     "defined_in_python",
     "detect_fake_mode",
+    "deterministic_algorithms",
     "dispatch_keys",
     "effect",
     "fake_impl",
     "functorch_config",
+    "gen_alias_from_base",
+    "has_external_objects",
     "inductor_config",
     "is_fake",
+    "is_thread_local",
     "is_traceable_wrapper_subclass",
     "is_triton_kernel",
+    "is_view_replay_enabled",
+    "keeps_graph",
     "kernel_side_table",
+    "mark_dynamic",
+    "no_autocast",
     "patch_configs",
+    "peek_interpreter_stack",
     "prepare_cudagraphs",
     "python_rules",
     "recompile_limit",
@@ -134,10 +165,13 @@ __all__ = [
     "register_effect",
     "registered_at",
     "registrations",
+    "set_grad_enabled",
+    "set_view_replay_enabled",
     "skip_frames",
     "stock_inductor",
     "structured",
     "stub_module",
+    "thread_local",
     "torch_logging",
     "trace_log",
     "tracing",
@@ -256,6 +290,11 @@ class FrameShapes:
             else known
             for symbol, known in ranges.items()
         }
+
+
+def has_external_objects() -> bool:
+    """Whether a graph of this process uses streams or events, which AOTAutograd hands on to backwards (2.15)."""
+    return bool(getattr(runtime_wrappers, "index_to_external_object_weakref", None))
 
 
 # What `torch.library` and the dispatcher know of an operator

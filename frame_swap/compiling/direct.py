@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 
 from .. import generated, internals
+from ..generated import Source
 
 Boxed = Callable[[list[Any]], Any]
 """Takes one list of the graph's inputs, which it empties."""
@@ -56,9 +57,7 @@ class Replacement:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Within the block AOTAutograd, on this thread, takes what is generated here for its runtime wrapper."""
-        from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper
-
-        thread, post_compile = threading.get_ident(), RuntimeWrapper.post_compile
+        thread, post_compile = threading.get_ident(), internals.RuntimeWrapper.post_compile
 
         def replace(wrapper: Any, compiled: Boxed, aot_config: Any, *, runtime_metadata: Any) -> Boxed:
             if threading.get_ident() != thread:
@@ -68,7 +67,7 @@ class Replacement:
             self._made = boxed, made
             return boxed
 
-        with mock.patch.object(RuntimeWrapper, "post_compile", replace):
+        with mock.patch.object(internals.RuntimeWrapper, "post_compile", replace):
             yield
 
     def result(self, outermost: Boxed) -> Compiled:
@@ -88,7 +87,7 @@ class _Graph:
 
     Args:
         entry: AOTAutograd's cache entry.
-        wrapper: the `RuntimeWrapper` to do without.
+        wrapper: the `internals.RuntimeWrapper` to do without.
         compiled: what it was to call: the forward for inference, or the `apply` of an `autograd.Function`.
         aot_config, metadata: what AOTAutograd has settled for the graph.
     """
@@ -136,14 +135,14 @@ class _Graph:
 
     def _surrounded(self, expression: str, call: Callable[..., Any], grad: bool | None) -> Callable[..., Any]:
         """The function of the graph's inputs: what comes before the call `expression`, it, and what comes after."""
-        text = _Source("compiled_graph(*args)", call=call)
+        text = Source("compiled_graph(*args)", call=call)
         self._before(text)
         with contextlib.ExitStack() as stack:
             if grad is not self._trains:
-                switch = torch.is_grad_enabled, torch._C._set_grad_enabled
+                switch = torch.is_grad_enabled, internals.set_grad_enabled
                 stack.enter_context(text.switched("grad", *switch, self._trains))
             if self._trains and self._returns_views():
-                switch = torch._C._is_view_replay_enabled, torch._C._set_view_replay_enabled
+                switch = internals.is_view_replay_enabled, internals.set_view_replay_enabled
                 stack.enter_context(text.switched("view_replay", *switch, True))
             if self._no_autocast and not self._trains:
                 stack.enter_context(text.without_autocast())
@@ -156,12 +155,10 @@ class _Graph:
 
     def _returns_views(self) -> bool:
         """Whether views made by compiled code may come out of it: autograd is to know how they were made."""
-        from torch._functorch._aot_autograd.schemas import OutputType
+        changed, plain = self._metadata.mutated_inp_runtime_indices, internals.OutputType.non_alias
+        return bool(changed) or any(info.output_type is not plain for info in self._metadata.output_info)
 
-        changed = self._metadata.mutated_inp_runtime_indices
-        return bool(changed) or any(o.output_type is not OutputType.non_alias for o in self._metadata.output_info)
-
-    def _before(self, text: _Source) -> None:
+    def _before(self, text: Source) -> None:
         for at in self._needed_afterwards():
             text(f"input{at} = args[{at}]")
         if self._counted:
@@ -173,13 +170,11 @@ class _Graph:
             text(f"if isinstance(args[{at}], Tensor): args[{at}] = args[{at}].detach()")
 
     def _needed_afterwards(self) -> list[int]:
-        from torch._functorch._aot_autograd.schemas import OutputType
-
-        of_inputs = (OutputType.alias_of_input, OutputType.is_input)
+        of_inputs = (internals.OutputType.alias_of_input, internals.OutputType.is_input)
         bases = {o.base_idx for o in self._metadata.output_info if o.output_type in of_inputs}
         return sorted(bases.union(self._metadata.mutated_inp_runtime_indices))
 
-    def _write_inputs(self, text: _Source) -> None:
+    def _write_inputs(self, text: Source) -> None:
         """Inputs that the program changes in place and compiled code does not: it returns the new ones first."""
         changed = self._metadata.mutated_inp_runtime_indices
         for at, which in enumerate(changed):
@@ -199,7 +194,7 @@ class _Graph:
         if changed:
             text(f"outs = outs[{len(changed)}:]")
 
-    def _finish_outputs(self, text: _Source) -> None:
+    def _finish_outputs(self, text: Source) -> None:
         metadata = self._metadata
         if metadata.num_outputs_aliased:
             outputs = "".join(f"{self._output(text, at)}, " for at in range(metadata.num_outputs))
@@ -208,32 +203,28 @@ class _Graph:
             if metadata.dynamic_outputs and info.dynamic_dims is not None:
                 self._mark_dynamic(text, f"outs[{at}]", info.dynamic_dims)
         if metadata.grad_enabled_mutation is not None:
-            text(f"set_grad_enabled({metadata.grad_enabled_mutation})", set_grad_enabled=torch._C._set_grad_enabled)
+            text(f"set_grad_enabled({metadata.grad_enabled_mutation})", set_grad_enabled=internals.set_grad_enabled)
 
-    def _output(self, text: _Source, at: int) -> str:
+    def _output(self, text: Source, at: int) -> str:
         """The expression for output `at`: as compiled code returned it, or a view made anew of its base."""
-        from torch._functorch import config
-        from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
-        from torch._functorch._aot_autograd.schemas import OutputType
-
-        metadata = self._metadata
+        metadata, Kind = self._metadata, internals.OutputType
         info = metadata.output_info[at]
         match info.output_type:
-            case OutputType.is_input:
+            case Kind.is_input:
                 return f"input{info.base_idx}"
-            case OutputType.alias_of_input:
+            case Kind.alias_of_input:
                 base = f"input{info.base_idx}"
-            case OutputType.alias_of_intermediate | OutputType.alias_of_intermediate_save_as_output:
+            case Kind.alias_of_intermediate | Kind.alias_of_intermediate_save_as_output:
                 base = f"outs[{metadata.num_outputs + info.base_idx}]"
-            case OutputType.alias_of_intermediate_base_is_user_output:
+            case Kind.alias_of_intermediate_base_is_user_output:
                 base = f"outs[{info.base_idx}]"
                 if self._trains and info.base_idx in metadata.aliased_out_indices:
                     base += ".alias"
             case _:
                 return f"outs[{at}]"
         view = f"outs[{at}]{'.alias' if self._trains else ''}"
-        replay = config.view_replay_for_aliased_outputs
-        text.names(**{"view_of": gen_alias_from_base, f"views{at}": info.view_meta_sequence})
+        replay = internals.functorch_config.view_replay_for_aliased_outputs
+        text.names(**{"view_of": internals.gen_alias_from_base, f"views{at}": info.view_meta_sequence})
         return f"view_of({base}, {view}, {info.requires_grad}, views{at}, replay_views={replay})"
 
     # Forward and backward
@@ -254,7 +245,7 @@ class _Graph:
             "effects in the backward": metadata.num_backward_tokens,
             "RNG states": metadata.num_graphsafe_rng_states,
             "compiled autograd's state": backward.backward_state_indices,
-            "streams": _has_external_objects(),
+            "streams": internals.has_external_objects(),
             "tangents of unknown layout": any(
                 getattr(meta, "memory_format", None) is None for meta in metadata.subclass_tangent_meta
             ),
@@ -274,12 +265,10 @@ class _Graph:
         return derived
 
     def _forward(self, function: Any) -> Callable[..., Any]:
-        from torch._functorch._aot_autograd.schemas import TensorAlias
-
         metadata, changed = self._metadata, self._metadata.mutated_inp_runtime_indices
         outs = [f"out{at}" for at in range(metadata.num_forward_returns)]
         checked, unchecked, opaque, symints = self._saved()
-        text = _Source("forward(ctx, *args)", call=inductors(function.compiled_fw))
+        text = Source("forward(ctx, *args)", call=inductors(function.compiled_fw))
         with text.without_autocast() if self._no_autocast else contextlib.nullcontext():
             text(f"{_tuple([*outs, *checked, *unchecked, *opaque, *symints])} = call(list(args))")
         if tensors := checked + unchecked:
@@ -312,7 +301,7 @@ class _Graph:
             text("ctx._materialize_non_diff_grads = False")
         for at in told:  # no outputs for autograd: they tell of an input's layout, or of a view to be made anew
             outs[at] = f"TensorAlias({outs[at]})"
-        text(f"return {_tuple(outs)}", TensorAlias=TensorAlias)
+        text(f"return {_tuple(outs)}", TensorAlias=internals.TensorAlias)
         return text.function()
 
     def _saved(self) -> tuple[list[str], ...]:
@@ -332,15 +321,15 @@ class _Graph:
         metadata = self._metadata
         tangents = self._tangents()
         star = "" if boxed else "*"
-        text = _Source(f"backward(ctx, {star}grads)", call=inductors(function.compiled_bw), rare=function.backward)
+        text = Source(f"backward(ctx, {star}grads)", call=inductors(function.compiled_bw), rare=function.backward)
         seldom = {
             "is_grad_enabled()": torch.is_grad_enabled,
-            "interpreters() is not None": torch._C._functorch.peek_interpreter_stack,
+            "interpreters() is not None": internals.peek_interpreter_stack,
         }
         if metadata.deterministic is False:
-            seldom["deterministic()"] = torch._C._get_deterministic_algorithms
+            seldom["deterministic()"] = internals.deterministic_algorithms
         if metadata.bw_donated_idxs:
-            seldom["keeps_graph()"] = torch._C._autograd._get_current_graph_task_keep_graph
+            seldom["keeps_graph()"] = internals.keeps_graph
         scope = {condition.partition("(")[0]: check for condition, check in seldom.items()}
         plain = [f"type(grads[{at}]) is not Tensor" for at in tangents]
         with text.block(f"if {' or '.join([*seldom, *plain])}:", **scope):
@@ -364,17 +353,15 @@ class _Graph:
             if set(getattr(function.compiled_bw, "device_types", ())) <= {"cpu"}:
                 text("return tuple(call(args))")
             else:  # on a thread of the engine's: with the context variables of the one that called it
-                lookup: dict[str, Any] = {"there": torch._C._is_key_in_tls, "get": torch._C._get_obj_in_tls}
+                lookup: dict[str, Any] = {"there": internals.is_thread_local, "get": internals.thread_local}
                 text('context = get("context") if there("context") else None', **lookup)
                 text("return tuple(call(args) if context is None else context.copy().run(call, args))")
         return text.function()
 
     def _tangents(self) -> list[int]:
         """Which of the gradients that autograd passes the backward takes."""
-        from torch._functorch._aot_autograd.schemas import OutputType
-
-        metadata = self._metadata
-        own = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
+        metadata, Kind = self._metadata, internals.OutputType
+        own = (Kind.non_alias, Kind.unsafe_view_alias, Kind.custom_function_view)
         changed = [metadata.input_info[which] for which in metadata.mutated_inp_runtime_indices]
         taken = [at for at, info in enumerate(changed) if info.mutates_data and info.requires_grad]
         for at, info in enumerate(metadata.output_info, len(changed)):
@@ -384,67 +371,22 @@ class _Graph:
         bases = len(changed) + metadata.num_outputs
         return [*taken, *range(bases, bases + metadata.num_intermediate_bases)]
 
-    def _lay_out(self, text: _Source, tangent: str, name: str, layout: Any) -> None:
+    def _lay_out(self, text: Source, tangent: str, name: str, layout: Any) -> None:
         """Give a tangent the layout that the backward was compiled for."""
         if layout.memory_format is torch.contiguous_format:
             text(f"if not {tangent}.is_contiguous(): {tangent} = {tangent}.contiguous()")
         elif layout.memory_format is not None:
             text(f"{tangent} = {tangent}.contiguous(memory_format={name})", **{name: layout.memory_format})
         elif layout.size:  # a number has one layout
-            from torch._functorch._aot_autograd.runtime_wrappers import coerce_to_expected_memory_format
-
             same = f"{tangent}.stride() == {tuple(layout.stride)} and {tangent}.shape == {tuple(layout.size)}"
             text(
                 f"if not ({same}): {tangent} = laid_out({tangent}, {name})",
-                **{"laid_out": coerce_to_expected_memory_format, name: layout},
+                **{"laid_out": internals.coerce_to_expected_memory_format, name: layout},
             )
 
-    def _mark_dynamic(self, text: _Source, tensor: str, dims: set[int]) -> None:
+    def _mark_dynamic(self, text: Source, tensor: str, dims: set[int]) -> None:
         """Tell Dynamo, for when the tensor enters another graph, which of its sizes vary."""
-        text(f"mark_dynamic({tensor}, {set(dims)})", mark_dynamic=_mark_dynamic())
-
-
-class _Source:
-    """Lines of a function, and what they name."""
-
-    def __init__(self, signature: str, **scope: Any) -> None:
-        self._lines = [f"def {signature}:"]
-        self._depth = 1
-        self._scope = {"Tensor": torch.Tensor, **scope}
-
-    def __call__(self, line: str, **scope: Any) -> None:
-        self._lines.append("    " * self._depth + line)
-        self._scope.update(scope)
-
-    def names(self, **scope: Any) -> None:
-        """What lines name."""
-        self._scope.update(scope)
-
-    @contextlib.contextmanager
-    def block(self, opening: str, **scope: Any) -> Iterator[None]:
-        """What is written meanwhile stands below `opening`, indented."""
-        self(opening, **scope)
-        self._depth += 1
-        yield
-        self._depth -= 1
-
-    def without_autocast(self) -> contextlib.AbstractContextManager[None]:
-        """What is written meanwhile runs without autocast: its casts are in the graph."""
-        return self.block("with no_autocast():", no_autocast=torch._C._DisableAutocast)
-
-    @contextlib.contextmanager
-    def switched(self, name: str, get: Callable[[], bool], set: Callable[[bool], None], to: bool) -> Iterator[None]:
-        """What is written meanwhile runs with a switch of the thread's turned to `to`."""
-        self(f"{name} = get_{name}()", **{f"get_{name}": get, f"set_{name}": set})
-        with self.block("try:"):
-            self(f"if {name} is not {to}: set_{name}({to})")
-            yield
-        with self.block("finally:"):
-            self(f"if {name} is not {to}: set_{name}({name})")
-
-    def function(self) -> Callable[..., Any]:
-        """The function."""
-        return generated.function("\n".join(self._lines) + "\n", **self._scope)
+        text(f"mark_dynamic({tensor}, {set(dims)})", mark_dynamic=internals.mark_dynamic)
 
 
 def inductors(compiled: Any) -> Boxed:
@@ -473,21 +415,6 @@ def _views_detached(saved: Sequence[torch.Tensor], graph_inputs: Sequence[bool])
     """A view would keep its base, and so a graph, alive. From torch 2.15 on, inputs stay what they are."""
     is_input = itertools.chain(graph_inputs, itertools.repeat(False))
     return [x if kept or not x._is_view() else x.detach() for x, kept in zip(saved, is_input, strict=False)]
-
-
-def _mark_dynamic() -> Callable[[torch.Tensor, set[int]], None]:
-    from torch._functorch._aot_autograd import runtime_wrappers
-
-    names = ("mark_dynamo_propagated_dynamic_indices", "maybe_mark_dynamic_helper")  # the second up to 2.12
-    mark: Any = next(getattr(runtime_wrappers, name) for name in names if hasattr(runtime_wrappers, name))
-    return mark  # type: ignore[no-any-return]
-
-
-def _has_external_objects() -> bool:
-    """Whether a graph of this process uses streams or events, which AOTAutograd hands on to backwards (2.15)."""
-    from torch._functorch._aot_autograd import runtime_wrappers
-
-    return bool(getattr(runtime_wrappers, "index_to_external_object_weakref", None))
 
 
 def _only_layout_changes(info: Any) -> bool:
