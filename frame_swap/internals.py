@@ -60,7 +60,11 @@ try:
     )
     from torch._functorch._aot_autograd import runtime_wrappers
     from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
-    from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper, coerce_to_expected_memory_format
+    from torch._functorch._aot_autograd.runtime_wrappers import (
+        FunctionalizedRngRuntimeWrapper,
+        RuntimeWrapper,
+        coerce_to_expected_memory_format,
+    )
     from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
     from torch._guards import (
         CompileContext,
@@ -111,6 +115,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FrameShapes",
+    "FunctionalizedRngRuntimeWrapper",
     "GraphPickler",
     "GraphPicklerOptions",
     "LazyTraceHandler",

@@ -57,17 +57,23 @@ class Replacement:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Within the block AOTAutograd, on this thread, takes what is generated here for its runtime wrapper."""
-        thread, post_compile = threading.get_ident(), internals.RuntimeWrapper.post_compile
 
         def replace(wrapper: Any, compiled: Boxed, aot_config: Any, *, runtime_metadata: Any) -> Boxed:
-            if threading.get_ident() != thread:
-                return post_compile(wrapper, compiled, aot_config, runtime_metadata=runtime_metadata)
             made = _Graph(self._entry, wrapper, compiled, aot_config, runtime_metadata).compiled(self._grad)
             boxed = made.boxed or generated.function("def boxed(args):\n    return call(*args)\n", call=made.call)
             self._made = boxed, made
             return boxed
 
-        with mock.patch.object(internals.RuntimeWrapper, "post_compile", replace):
+        def leave_out(wrapper: Any, compiled: Boxed, aot_config: Any, *, runtime_metadata: Any) -> Boxed:
+            if not runtime_metadata.is_rng_op_functionalized:  # up to 2.12 it decides that at each call
+                return compiled
+            return wrap_rng(wrapper, compiled, aot_config, runtime_metadata=runtime_metadata)
+
+        wrap_rng = internals.FunctionalizedRngRuntimeWrapper.post_compile
+        with (
+            _on_this_thread(internals.RuntimeWrapper, replace),
+            _on_this_thread(internals.FunctionalizedRngRuntimeWrapper, leave_out),
+        ):
             yield
 
     def result(self, outermost: Boxed) -> Compiled:
@@ -80,6 +86,19 @@ class Replacement:
         names = {"AOTDedupeWrapper": "inputs passed twice", "AOTSyntheticBaseWrapper": "overlapping inputs"}
         around = (names.get(name, name) for name in active)
         return Compiled(_unboxed(outermost), None, (*around, *made.wrappers))
+
+
+@contextlib.contextmanager
+def _on_this_thread(wrapper: Any, post_compile: Callable[..., Boxed]) -> Iterator[None]:
+    """Within the block, `post_compile` is what a class of AOTAutograd's wrappers does; for this thread alone."""
+    thread, usual = threading.get_ident(), wrapper.post_compile
+
+    def choose(*args: Any, **keywords: Any) -> Boxed:
+        chosen: Callable[..., Boxed] = post_compile if threading.get_ident() == thread else usual
+        return chosen(*args, **keywords)
+
+    with mock.patch.object(wrapper, "post_compile", choose):
+        yield
 
 
 class _Graph:
