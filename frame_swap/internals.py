@@ -84,6 +84,7 @@ try:
     from torch._logging import structured
     from torch._logging._internal import LazyTraceHandler, LogState, trace_log
     from torch._logging._internal import getArtifactLogger as artifact_logger
+    from torch._prims_common import clone_preserve_strides
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake, unset_fake_temporarily
     from torch.fx._graph_pickler import GraphPickler
     from torch.fx._graph_pickler import Options as GraphPicklerOptions
@@ -136,6 +137,7 @@ __all__ = [
     "cache_entries",
     "captured_frame",
     "changed_configs",
+    "clone_preserve_strides",
     "coerce_to_expected_memory_format",
     "compilation_time_metrics",
     "compile_context",

@@ -28,7 +28,7 @@ def trace_pair(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[
     """
     trace = internals.aot_autograd(
         fw_compiler=_eager,
-        bw_compiler=_eager,
+        bw_compiler=_eager_backward,
         partition_fn=default_partition,
         keep_inference_input_mutations=True,
     )
@@ -63,6 +63,14 @@ def _eager(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
 
     run_beside_workers._boxed_call = True  # type: ignore[attr-defined]
     return run_beside_workers
+
+
+def _eager_backward(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
+    """Run op by op, the backward overwrites nothing that is saved: it may be called again."""
+    context = internals.TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
+    return _eager(gm, example_inputs)
 
 
 def _uncounted_changes(gm: torch.fx.GraphModule, run: Boxed) -> Boxed:

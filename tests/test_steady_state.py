@@ -266,7 +266,7 @@ def saves_results(x: Tensor) -> Tensor:
     return (x.sin() @ x).exp().sum(0)
 
 
-@case(saves_results, differs="stock compiles a backward for what its first call asks of it")
+@case(saves_results)
 def retain_graph_from_the_first_backward_on(call: Call) -> Any:
     x = numbers(4, 4)
     out = call(x)
@@ -1167,13 +1167,37 @@ def deterministic_algorithms_asked_for_after_the_forward(call: Call) -> Any:
     return failed, facts(x.grad, y.grad)
 
 
-@case(saves_results, lambda: functorch_config.patch(donated_buffer=True))
+@case(
+    saves_results,
+    lambda: functorch_config.patch(donated_buffer=True),
+    differs="with stock a backward cannot keep its graph if its first did not; here it can",
+)
 def donated_buffers(call: Call) -> Any:
     x = numbers(4, 4)
     call(x).sum().backward()
     out = call(x)
     seen = [outcome(lambda: out.sum().backward(retain_graph=retain)) for retain in (True, False)]
     return seen, facts(x.grad)
+
+
+def test_any_backward_may_keep_its_graph() -> None:
+    def gradients(call: Call) -> list[Tensor]:
+        torch.manual_seed(0)
+        x = numbers(4, 4)
+        call(x).sum().backward()
+        out = call(x).sum()
+        assert x.grad is not None
+        return [x.grad, *(autograd.grad(out, x, retain_graph=keep)[0] for keep in (True, True, False))]
+
+    frame_swap.configure(when="manual")
+    compiled = torch.compile(saves_results, backend="frame_swap")
+    with functorch_config.patch(donated_buffer=True):
+        gradients(compiled)
+        wait_for_all()
+        (region,) = swap_all()
+        calls = region.pair_calls
+        assert_same(gradients(compiled), gradients(saves_results), "the swap")
+    assert region.pair_calls == calls
 
 
 # Random numbers

@@ -251,12 +251,30 @@ class _Graph:
     def _autograd_function(self) -> tuple[Callable[..., Any], tuple[str, ...]]:
         """The `apply` of an `autograd.Function` for the graph, and what of AOTAutograd's it still runs through."""
         function = self._compiled.__self__
+        self._keep_donated(function)
         wrappers = self._not_generated()
         if not wrappers:
             function = self._derived(function)
         # Past `Function.apply`, which looks for transforms of torch.func: the frame's guards rule them out.
         apply: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         return apply, wrappers
+
+    def _keep_donated(self, function: Any) -> None:
+        """Let a backward be called that keeps its graph, although it was compiled to overwrite what is saved.
+
+        AOTAutograd compiles a backward when it is first called, and asks then whether it may; later, a call for
+        which it may not is an error. Here it was compiled before anyone could know: such a call gets copies.
+        """
+        if donated := self._metadata.bw_donated_idxs:
+            self._metadata.bw_donated_idxs = []  # no error then
+            graph = function.compiled_bw
+            graph.current_callable = generated.function(
+                "def boxed(args):\n    return call(copied(args, donated) if keeps_graph() else args)\n",
+                call=graph.current_callable,
+                copied=_copied,
+                donated=tuple(donated),
+                keeps_graph=internals.keeps_graph,
+            )
 
     def _not_generated(self) -> tuple[str, ...]:
         metadata, backward = self._metadata, self._entry.compiled_bw
@@ -347,8 +365,6 @@ class _Graph:
         }
         if metadata.deterministic is False:
             seldom["deterministic()"] = internals.deterministic_algorithms
-        if metadata.bw_donated_idxs:
-            seldom["keeps_graph()"] = internals.keeps_graph
         scope = {condition.partition("(")[0]: check for condition, check in seldom.items()}
         plain = [f"type(grads[{at}]) is not Tensor" for at in tangents]
         with text.block(f"if {' or '.join([*seldom, *plain])}:", **scope):
@@ -434,6 +450,13 @@ def _views_detached(saved: Sequence[torch.Tensor], graph_inputs: Sequence[bool])
     """A view would keep its base, and so a graph, alive. From torch 2.15 on, inputs stay what they are."""
     is_input = itertools.chain(graph_inputs, itertools.repeat(False))
     return [x if kept or not x._is_view() else x.detach() for x, kept in zip(saved, is_input, strict=False)]
+
+
+def _copied(args: list[Any], which: Sequence[int]) -> list[Any]:
+    """The same list, with copies of some of its tensors."""
+    for at in which:
+        args[at] = internals.clone_preserve_strides(args[at])  # type: ignore[no-untyped-call]
+    return args
 
 
 def _only_layout_changes(info: Any) -> bool:
