@@ -44,6 +44,7 @@ try:
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._dynamo.convert_frame import compile_lock, output_codes, register_bytecode_hook
     from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.mutation_guard import GenerationTracker
     from torch._dynamo.source import TensorPropertySource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.types import FrameAction, FrameExecStrategy  # type: ignore[attr-defined]
@@ -104,7 +105,6 @@ except (
 __all__ = [
     "CHECKED",
     "MISSING",
-    "RECORDS",
     "CapturedFrame",
     "CompileContext",
     "CompileId",
@@ -112,6 +112,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FrameShapes",
+    "GenerationTracker",
     "GraphPickler",
     "GraphPicklerOptions",
     "LazyTraceHandler",
@@ -233,9 +234,6 @@ def adopt_code(old: CodeType, new: CodeType) -> None:
 
 
 # Calls past torch.compile's wrapper
-
-RECORDS = ("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit")
-"""What Dynamo's code calls before and after it loads a graph's inputs; of use to a profiler alone."""
 
 
 def captured_whole(gm: torch.fx.GraphModule) -> bool:

@@ -277,11 +277,42 @@ def test_tracers_and_transforms_see_what_they_see_with_torch_compile(takes: str)
         assert "aten.sin" in str(program.graph)
 
 
-def test_dynamo_inlines_it() -> None:
-    opted = swapped(f)
+@pytest.mark.parametrize("what", ["function", "module", "instance of a class"])
+def test_dynamo_inlines_it(what: str) -> None:
+    x = torch.rand(2, 4)
+    if what == "instance of a class":
+        opted = opted_class()().eval()
+        opted(x)
+        swap()
+    else:
+        opted = swapped(f if what == "function" else Block().eval(), x)
+    expected = opted(x) * 2
+    assert is_direct(lambda: opted(x))
     outer = torch.compile(lambda x: opted(x) * 2, backend="frame_swap", fullgraph=True)
-    assert_same(outer(torch.ones(3)), f(torch.ones(3)) * 2, "")
+    assert_same(outer(x), expected, "")
     assert len(frame_swap.report().regions) == 2
+
+
+def test_a_bound_method_goes_directly() -> None:
+    class Scaled:
+        scale = 2.0
+
+        def apply(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    scaled = Scaled()
+    opted = swapped(scaled.apply)
+    assert is_direct(lambda: opted(torch.ones(3)))
+    scaled.scale = 3.0
+    assert opted(torch.ones(3)).tolist() == [3.0] * 3
+
+
+def test_each_call_is_a_step_to_cuda_graphs() -> None:
+    opted = swapped(f)
+    before = internals.GenerationTracker.generation
+    for calls in (1, 2):
+        assert is_direct(lambda: opted(torch.ones(3)))
+        assert internals.GenerationTracker.generation == before + calls
 
 
 def test_called_from_a_frame_that_dynamo_looks_into_nothing_of_ours_is_captured() -> None:

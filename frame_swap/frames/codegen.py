@@ -46,22 +46,6 @@ def call_constants(code: CodeType, callees: Mapping[str, object]) -> CodeType:
     )
 
 
-def without_records(code: CodeType) -> CodeType:
-    """`code` without what it tells the profiler on each call (up to torch 2.13), for calls that none watches."""
-    instructions = Bytecode.from_code(code)
-    for at in reversed(_find(instructions, _loads_record)):
-        match instructions[at - 1]:
-            case Instr(name="LOAD_GLOBAL", arg=(bool(pushes_null), str())):
-                no_op = Instr("LOAD_CONST", bool)  # called with nothing, or with what that returned
-                instructions[at - 1 : at + 1] = [Instr("PUSH_NULL"), no_op] if pushes_null else [no_op]
-    return instructions.to_code()
-
-
-def _loads_record(instruction: Instr) -> bool:
-    name = instruction.arg[-1] if isinstance(instruction.arg, tuple) else instruction.arg
-    return instruction.name == "LOAD_ATTR" and name in internals.RECORDS
-
-
 def call_instead(code: CodeType, old: object, new: object) -> CodeType:
     """`code` with the constant `old` replaced by `new`."""
     return _replace(

@@ -21,13 +21,13 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple, cast
 
 import torch
 
 from .. import internals
-from . import codegen
 
 
 class Direct(NamedTuple):
@@ -54,16 +54,21 @@ _tables: weakref.WeakSet[_Table] = weakref.WeakSet()
 class _Table:
     """The entries of one function that may be called directly.
 
+    Args:
+        function: what Dynamo captures.
+        backend: whose entries count.
+        module: the parameter that is a module and keeps the promise of `opt_in`.
+
     Attributes:
         entries: all of them.
         latest: the one used last, alone in its tuple.
         promised: those that have held in full for a module, by its `id` and its training flag; the last one first.
     """
 
-    def __init__(self, function: FunctionType, backend: Any, static_module: bool) -> None:
+    def __init__(self, function: FunctionType, backend: Any, module: str | None) -> None:
         self.function = function
         self._backend = backend
-        self._static_module = static_module
+        self._module = module
         self.entries: tuple[_Entry, ...] = ()
         self.latest: tuple[Direct, ...] = ()
         self.promised: dict[tuple[int, bool], tuple[Direct, ...]] = {}
@@ -85,13 +90,12 @@ class _Table:
 
     def install(self, entry: Any, code: CodeType) -> None:
         """`entry` runs the rewritten `code` now."""
-        code = codegen.without_records(code)
         known = next((e for e in self.entries if e.alive() is entry), None)
         if known is not None:
             cast(FunctionType, known.full.run).__code__ = code
         elif entry.backend == self._backend and (run := _function(code, self.function)) is not None:
             guards = entry.guard_manager.root
-            reduced = internals.guards_elsewhere(guards, code.co_varnames[0]) if self._static_module else None
+            reduced = internals.guards_elsewhere(guards, self._module) if self._module else None
             alive = weakref.ref(entry, functools.partial(_remove, weakref.ref(self)))
             self.entries += (_Entry(alive, Direct(guards.check, run), reduced and Direct(reduced.check, run)),)
 
@@ -201,9 +205,11 @@ def _stand_in(function: Callable[..., Any], compiled: Callable[..., Any]) -> Cal
     return function
 
 
+# CUDA graphs tell the steps of a program apart by the generation, which `torch.compile` counts up on each call.
+# An @ keeps our names apart from the function's.
 _SOURCE = """
 def make({free}):
-    def dispatch({declared}):
+    def dispatch{signature}:
         if @table.entries and @undisturbed():
             try:
                 @scope = {{{scope}}}
@@ -211,13 +217,15 @@ def make({free}):
                 return @ordinary({passed})
             for @check, @run in {first}:
                 if @check(@scope):
+                    @tracker.generation += 1
                     return @run({passed})
             @run = @table.search(@scope{module})
             if @run is not None:
+                @tracker.generation += 1
                 return @run({passed})
         return @ordinary({passed})
     return dispatch
-""".replace("@", "frame_swap_")
+"""
 
 
 def _dispatch(
@@ -230,59 +238,58 @@ def _dispatch(
         backend: whose entries count.
         static_module: whether the first parameter is a module that keeps the promise of `opt_in`.
     """
-    code = function.__code__
-    parameters = _parameters(code)
-    only, usual, keyword, star, stars = parameters
-    collected = [f"*{name}" for name in star], [f"**{name}" for name in stars]
-    first = (only + usual)[0] if static_module and (only or usual) else None
+    free = function.__code__.co_freevars
+    signature = _signature(function.__code__, function)
+    parameters = signature.parameters.values()
+    passed = ", ".join(_PASSED[parameter.kind].format(parameter.name) for parameter in parameters)
+    takes_module = static_module and any(parameter.kind in _POSITIONAL for parameter in parameters)
+    module = next(iter(signature.parameters)) if takes_module else None
     source = _SOURCE.format(
-        free=", ".join(code.co_freevars),
-        declared=", ".join(
-            [*only, *["/"][: len(only)], *usual, *(collected[0] or ["*"][: len(keyword)]), *keyword, *collected[1]]
-        ),
-        passed=", ".join([*only, *usual, *collected[0], *(f"{name}={name}" for name in keyword), *collected[1]]),
-        scope=", ".join(f"{name!r}: {name}" for name in (*sum(parameters, ()), *code.co_freevars)),
-        first=f"frame_swap_table.promised.get((id({first}), {first}.training), ())"
-        if first
-        else "frame_swap_table.latest",
-        module=f", {first}" if first else "",
+        free=", ".join(free),
+        signature=signature,
+        scope=", ".join(f"{name!r}: {name}" for name in (*signature.parameters, *free)),
+        first=f"@table.promised.get((id({module}), {module}.training), ())" if module else "@table.latest",
+        module=f", {module}" if module else "",
+        passed=passed,
     )
     scope: dict[str, Any] = {
-        "frame_swap_table": _Table(function, backend, first is not None),
+        "frame_swap_table": _Table(function, backend, module),
+        "frame_swap_tracker": internals.GenerationTracker,
         "frame_swap_undisturbed": internals.undisturbed,
         "frame_swap_ordinary": ordinary,
     }
-    exec(compile(source, "<frame-swap>", "exec"), scope)
-    template: FunctionType = scope.pop("make")(*code.co_freevars)
+    exec(compile(source.replace("@", "frame_swap_"), "<frame-swap>", "exec"), scope)
+    template: FunctionType = scope.pop("make")(*free)
     dispatch = _with_cells(template.__code__, function, scope)
     dispatch.__defaults__, dispatch.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     internals.skip_frames(dispatch.__code__)
     return dispatch
 
 
+_PASSED = {
+    Parameter.POSITIONAL_ONLY: "{0}",
+    Parameter.POSITIONAL_OR_KEYWORD: "{0}",
+    Parameter.VAR_POSITIONAL: "*{0}",
+    Parameter.KEYWORD_ONLY: "{0}={0}",
+    Parameter.VAR_KEYWORD: "**{0}",
+}
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+
+
 def _function(code: CodeType, like: FunctionType) -> FunctionType | None:
     """Dynamo's `code` for `like` as a function; None where it takes other arguments or more cells."""
-    if _parameters(code) != _parameters(like.__code__) or not {*code.co_freevars} <= {*like.__code__.co_freevars}:
+    if not {*code.co_freevars} <= {*like.__code__.co_freevars}:
+        return None
+    if _signature(code, like) != _signature(like.__code__, like):
         return None
     return _with_cells(code, like, like.__globals__)
+
+
+def _signature(code: CodeType, like: FunctionType) -> Signature:
+    """The parameters that `code` takes, without defaults and annotations, which belong to a function."""
+    return inspect.signature(_with_cells(code, like, {}))
 
 
 def _with_cells(code: CodeType, like: FunctionType, scope: dict[str, Any]) -> FunctionType:
     cells = dict(zip(like.__code__.co_freevars, like.__closure__ or (), strict=True))
     return FunctionType(code, scope, like.__name__, None, tuple(cells[name] for name in code.co_freevars))
-
-
-def _parameters(code: CodeType) -> tuple[tuple[str, ...], ...]:
-    """The names of a function's parameters: positional only, usual, keyword only, `*args`, `**kwargs`."""
-    positional, at = code.co_posonlyargcount, 0
-    kinds = []
-    for count in (
-        positional,
-        code.co_argcount - positional,
-        code.co_kwonlyargcount,
-        bool(code.co_flags & inspect.CO_VARARGS),
-        bool(code.co_flags & inspect.CO_VARKEYWORDS),
-    ):
-        kinds.append(code.co_varnames[at : at + count])
-        at += count
-    return tuple(kinds)
