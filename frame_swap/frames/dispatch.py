@@ -262,7 +262,6 @@ def _dispatch(
     template: FunctionType = scope.pop("make")(*free)
     dispatch = _with_cells(template.__code__, function, scope)
     dispatch.__defaults__, dispatch.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    internals.skip_frames(dispatch.__code__)
     return dispatch
 
 
