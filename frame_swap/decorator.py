@@ -59,7 +59,8 @@ def opt_in(
 
     What `static_module=True` promises, from the first call that compiled code serves:
 
-    - The module's structure stays: submodules, hooks, plain attributes and methods, and those of its submodules.
+    - The module's structure stays: submodules, and of these and itself plain attributes, methods and hooks (hooks
+      on the module itself may come and go).
     - Each parameter and buffer keeps its name, shape, strides, dtype, device and `requires_grad`, and none is
       passed as an argument. Values may change, in place (optimizers, `load_state_dict`) or by another tensor of
       that kind: each call reads the tensors anew.

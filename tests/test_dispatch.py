@@ -133,12 +133,13 @@ def test_gradients_and_mutations_are_the_function_s() -> None:
 
 def test_a_variable_of_an_enclosing_function_may_change_or_be_missing() -> None:
     cell = CellType(2.0)
-    times = FunctionType((lambda k: lambda x: x * k)(0).__code__, globals(), closure=(cell,))
+    times = FunctionType((lambda k: lambda x: x * k if x.dim() else x + 1)(0).__code__, globals(), closure=(cell,))
     opted = swapped(times)
     assert is_direct(lambda: opted(torch.ones(3)))
     cell.cell_contents = 3.0
     assert opted(torch.ones(3)).tolist() == [3.0] * 3
     del cell.cell_contents
+    assert opted(torch.tensor(1.0)).item() == 2.0
     with pytest.raises(NameError):
         opted(torch.ones(3))
 
