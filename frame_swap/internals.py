@@ -33,7 +33,6 @@ try:
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
     import torch._logging._internal as torch_logging
-    import torch.autograd.profiler
     import torch.nn.modules.module as nn_module
     from torch._C import _is_tracing, _len_torch_dispatch_stack
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
@@ -74,6 +73,7 @@ try:
     from torch._logging._internal import LazyTraceHandler, LogState, trace_log
     from torch._logging._internal import getArtifactLogger as artifact_logger
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake, unset_fake_temporarily
+    from torch.autograd import profiler
     from torch.fx._graph_pickler import GraphPickler
     from torch.fx._graph_pickler import Options as GraphPicklerOptions
     from torch.fx._symbolic_trace import is_fx_symbolic_tracing
@@ -88,7 +88,7 @@ try:
         torch_logging.GET_DTRACE_STRUCTURED,
         structured.intern_string,
         eval_frame._stance.stance,
-        torch.autograd.profiler._is_profiler_enabled,
+        profiler._is_profiler_enabled,
     )
     _GLOBAL_HOOKS = (
         nn_module._global_backward_pre_hooks,
@@ -278,7 +278,7 @@ def undisturbed() -> bool:
         stance.stance == "default"
         and stance.backend is None
         and not stance.skip_guard_eval_unsafe
-        and not torch.autograd.profiler._is_profiler_enabled
+        and not profiler._is_profiler_enabled
         and not _len_torch_dispatch_stack()
         and maybe_current_level() is None
         and not _is_tracing()

@@ -423,7 +423,7 @@ def test_threads_that_call_while_entries_go() -> None:
         thread.start()
     table = table_of(f)
     for entry in table.entries:
-        table.remove(entry.alive)
+        table._remove(entry.alive)
     stop.set()
     for thread in threads:
         thread.join()

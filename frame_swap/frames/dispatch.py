@@ -96,7 +96,7 @@ class _Table:
         elif entry.backend == self._backend and (run := _function(code, self.function)) is not None:
             guards = entry.guard_manager.root
             reduced = internals.guards_elsewhere(guards, self._module) if self._module else None
-            alive = weakref.ref(entry, functools.partial(_remove, weakref.ref(self)))
+            alive = weakref.ref(entry, functools.partial(_if_alive, weakref.WeakMethod(self._remove)))
             self.entries += (_Entry(alive, Direct(guards.check, run), reduced and Direct(reduced.check, run)),)
 
     def _promise(self, module: torch.nn.Module, entry: _Entry, reduced: Direct) -> None:
@@ -105,7 +105,8 @@ class _Table:
                 return
             key = id(module), module.training
             if not any(known == id(module) for known, _ in self.promised):
-                weakref.finalize(module, self._forget, id(module)).atexit = False
+                forget = weakref.WeakMethod(self._forget)
+                weakref.finalize(module, _if_alive, forget, id(module)).atexit = False
             others = (direct for direct in self.promised.get(key, ()) if direct is not reduced)
             self.promised = {**self.promised, key: (reduced, *others)}
 
@@ -113,8 +114,7 @@ class _Table:
         with _changing:
             self.promised = {key: value for key, value in self.promised.items() if key[0] != module_id}
 
-    def remove(self, dead: weakref.ref[Any]) -> None:
-        """The entry that `dead` pointed to is gone."""
+    def _remove(self, dead: weakref.ref[Any]) -> None:
         with _changing:
             self.entries = tuple(entry for entry in self.entries if entry.alive is not dead)
             runs = [entry.full.run for entry in self.entries]
@@ -123,9 +123,9 @@ class _Table:
             self.promised = dict(promised)
 
 
-def _remove(table: weakref.ref[_Table], dead: weakref.ref[Any]) -> None:
-    if (found := table()) is not None:
-        found.remove(dead)
+def _if_alive(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> None:
+    if (bound := method()) is not None:
+        bound(*args)
 
 
 def installed(original: CodeType, entry: Any, code: CodeType) -> None:
