@@ -18,6 +18,7 @@ COLOURS = {
     "inductor": "#3b6fb6",
     "upstream_async": "#7fb2e5",
     "frame_swap": "#c8102e",
+    "opt_in": "#7a0a1c",
     "call": "#5a8f5a",
 }
 

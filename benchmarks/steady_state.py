@@ -3,10 +3,11 @@
     python -m benchmarks.steady_state [--rounds 21] [--milliseconds 40]
 
 Four cases. Tiny: `(x + y).relu()` as inference (`no_grad`) and `(x * y).sin().sum()` as training (forward and
-backward, no optimizer), on 8 floats; and a 2-layer BERT as either. Four arms: eager, stock `torch.compile`,
-frame_swap after its swap, and Inductor's `call` alone: the generated functions for forward and backward,
-called by hand with the inputs that stock gave them. That is the least that any wrapper around the same code
-can reach; it checks no guards and reads no parameters.
+backward, no optimizer), on 8 floats; and a 2-layer BERT as either. Five arms: eager, stock `torch.compile`,
+`torch.compile` with frame_swap after its swap, the same by `frame_swap.opt_in` (for modules with
+`static_module=True`), and Inductor's `call` alone: the generated functions for forward and backward, called by
+hand with the inputs that stock gave them. That is the least that any wrapper around the same code can reach; it
+checks no guards and reads no parameters.
 
 All in one process, on one thread, so that the arms differ in overhead alone. In each round the arms take
 turns, in random order; a figure is the median over the rounds, a ratio the median of the rounds' own ratios.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import random
 import statistics
@@ -41,9 +43,9 @@ from . import models, output
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ARMS = ("eager", "inductor", "frame_swap", "call")
-OTHERS = ("inductor", "eager", "call")
-"""What frame_swap is compared with."""
+ARMS = ("eager", "inductor", "frame_swap", "opt_in", "call")
+RATIOS = (("frame_swap", "inductor"), ("opt_in", "inductor"), ("opt_in", "eager"), ("opt_in", "call"))
+"""Which arms are compared with which."""
 
 Call = Callable[..., Tensor]
 Rounds = dict[str, list[float]]
@@ -138,21 +140,32 @@ def arms(case: Case) -> dict[str, Callable[[], object]]:
         "eager": through(case.function, case, tangent),
         "inductor": through(torch.compile(case.function), case, tangent),
         "frame_swap": through(torch.compile(case.function, backend="frame_swap"), case, tangent),
+        "opt_in": through(opted_in(case.function), case, tangent),
     }
     with calls.recorded():
         runs["inductor"]()
-    runs["frame_swap"]()
+    for arm in ("frame_swap", "opt_in"):
+        runs[arm]()
     frame_swap.wait()
-    runs["frame_swap"]()
+    for arm in ("frame_swap", "opt_in"):
+        runs[arm]()
     regions = [region for region in frame_swap.report().regions if region not in before]
     if not regions or any(region.state is not State.INSTALLED or region.reason for region in regions):
         raise RuntimeError(f"not everything is swapped in:\n{frame_swap.report()}")
     runs["call"] = calls.run(tangent)
 
     expected = tensors(runs["eager"]())
-    for arm in ("inductor", "frame_swap"):
+    for arm in ("inductor", "frame_swap", "opt_in"):
         torch.testing.assert_close(tensors(runs[arm]()), expected, rtol=2e-2, atol=2e-3)
     return runs
+
+
+def opted_in(function: Call) -> Call:
+    """The case's function opted in; for a module, which would change in place, another with the same submodules."""
+    if isinstance(function, torch.nn.Module):
+        opted: Call = frame_swap.opt_in(static_module=True)(copy.copy(function))
+        return opted
+    return frame_swap.opt_in(function)
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -201,22 +214,22 @@ def summary(times: Rounds) -> dict[str, dict[str, float]]:
     """Medians over the rounds, and ratios within them."""
     return {
         "us": {arm: statistics.median(times[arm]) for arm in ARMS},
-        "frame_swap /": {
-            other: statistics.median(a / b for a, b in zip(times["frame_swap"], times[other], strict=True))
-            for other in OTHERS
+        "ratios": {
+            f"{arm} / {other}": statistics.median(a / b for a, b in zip(times[arm], times[other], strict=True))
+            for arm, other in RATIOS
         },
     }
 
 
 def table(summaries: dict[str, dict[str, dict[str, float]]], title: str) -> Table:
     """One row a case."""
-    caption = "µs a call, medians over rounds; and frame_swap's part of the others', within rounds"
+    caption = "µs a call, medians over rounds; and ratios, medians of those within rounds"
     shown = Table(box=box.SIMPLE_HEAD, title=title, caption=caption, title_justify="left")
     shown.add_column("case", no_wrap=True)
-    for column in (*ARMS, *(f"/ {other}" for other in OTHERS)):
+    for column in (*ARMS, *(f"{arm} / {other}" for arm, other in RATIOS)):
         shown.add_column(column, justify="right")
     for name, figures in summaries.items():
-        us, ratios = figures["us"].values(), figures["frame_swap /"].values()
+        us, ratios = figures["us"].values(), figures["ratios"].values()
         shown.add_row(name, *(f"{v:.1f}" for v in us), *(f"{v:.2f}" for v in ratios))
     return shown
 

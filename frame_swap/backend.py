@@ -97,7 +97,8 @@ def frame_swap_backend(
     # 4. Hook
     trampoline = Trampoline(region, pair, when)
     if frame is not None and "backend_id" in gm.meta:
-        trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline)
+        whole = internals.captured_whole(gm)
+        trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline, whole)
     if when == "wait":
         _on_outcome(shipment, job.wait(), frame_open=True)
     return trampoline

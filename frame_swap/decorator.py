@@ -9,6 +9,7 @@ import torch
 
 from . import settings
 from .backend import frame_swap_backend
+from .frames import dispatch
 
 T = TypeVar("T", bound="type[torch.nn.Module] | torch.nn.Module | Callable[..., Any]")
 
@@ -24,6 +25,7 @@ def opt_in(
     fullgraph: bool = False,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    static_module: bool = False,
 ) -> Callable[[T], T]: ...
 
 
@@ -35,6 +37,7 @@ def opt_in(
     fullgraph: bool = False,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    static_module: bool = False,
 ) -> Any:
     """Compile `target` with frame-swap, with or without arguments: `@opt_in` or `@opt_in(dynamic=True)`.
 
@@ -42,10 +45,29 @@ def opt_in(
         target: an `nn.Module` class (each instance's calls are compiled, subclasses' too), a module (changed in
             place and returned, so that its class, state dict and pickle stay what they are) or a function.
         dynamic, fullgraph, mode, options: as for `torch.compile`.
+        static_module: a promise about the module, or about each instance of the class; its guards are then
+            evaluated once, and not on each call (below).
 
     Raises:
         ValueError: an unknown mode or option.
-        TypeError: `target` is none of these.
+        TypeError: `target` is none of these, or a function that `static_module` says something of.
+
+    Once compiled code is in, a frame that Dynamo captured whole is called without `torch.compile`'s wrapper and
+    without frame evaluation: its guards are evaluated, then its code runs. A call that misses them, runs under a
+    profiler, a tracer, a dispatch mode, a functorch transform or a stance, or meets module hooks, goes the way of
+    `torch.compile`.
+
+    What `static_module=True` promises, from the first call that compiled code serves:
+
+    - The module's structure stays: submodules, and of these and itself plain attributes, methods and hooks (hooks
+      on the module itself may come and go).
+    - Each parameter and buffer keeps its name, shape, strides, dtype, device and `requires_grad`, and none is
+      passed as an argument. Values may change, in place (optimizers, `load_state_dict`) or by another tensor of
+      that kind: each call reads the tensors anew.
+    - Submodules are in training or evaluation mode as the module is: `module.train()` and `.eval()` may be called.
+
+    Inputs, globals and the global state are guarded as ever. A broken promise goes unnoticed: calls go on with the
+    code compiled for the module as it was, and may return wrong values or crash. `torch._dynamo.reset()` ends it.
     """
     settings.inductor_options(mode, options)  # an unknown name is an error here, not at the first call
 
@@ -60,15 +82,17 @@ def opt_in(
         )
 
     def apply(target: Any) -> Any:
-        if isinstance(target, type) and issubclass(target, torch.nn.Module):
+        module = target if isinstance(target, torch.nn.Module) else None
+        if module is not None or (isinstance(target, type) and issubclass(target, torch.nn.Module)):
             # `Module.__call__` prefers `_compiled_call_impl`; on the class it becomes a method of all instances.
-            target._compiled_call_impl = compiled(target._call_impl)
-        elif isinstance(target, torch.nn.Module):
-            target._compiled_call_impl = compiled(target._call_impl)
-        elif callable(target) and not isinstance(target, type):
-            return compiled(target)
-        else:
+            target._compiled_call_impl = dispatch.module_dispatcher(
+                compiled(target._call_impl), module, static_module=static_module
+            )
+            return target
+        if not callable(target) or isinstance(target, type):
             raise TypeError(f"opt_in takes an nn.Module class, a module or a function, not {target!r}")
-        return target
+        if static_module:
+            raise TypeError(f"static_module is a promise about a module, and {target!r} is none")
+        return dispatch.dispatcher(compiled(target))
 
     return apply if target is None else apply(target)

@@ -16,7 +16,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple, cast
 
 import sympy
@@ -33,21 +33,25 @@ try:
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
     import torch._logging._internal as torch_logging
+    import torch.nn.modules.module as nn_module
     from torch._C import _DisableAutocast as no_autocast
     from torch._C import _get_deterministic_algorithms as deterministic_algorithms
     from torch._C import _get_obj_in_tls as thread_local
     from torch._C import _is_key_in_tls as is_thread_local
+    from torch._C import _is_tracing, _len_torch_dispatch_stack
     from torch._C import _is_view_replay_enabled as is_view_replay_enabled
     from torch._C import _set_grad_enabled as set_grad_enabled
     from torch._C import _set_view_replay_enabled as set_view_replay_enabled
     from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
     from torch._C._dynamo.eval_frame import set_code_exec_strategy
-    from torch._C._functorch import peek_interpreter_stack
+    from torch._C._functorch import maybe_current_level, peek_interpreter_stack
+    from torch._dynamo import eval_frame
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._dynamo.convert_frame import compile_lock, output_codes, register_bytecode_hook
     from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.mutation_guard import GenerationTracker
     from torch._dynamo.source import TensorPropertySource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.types import FrameAction, FrameExecStrategy  # type: ignore[attr-defined]
@@ -86,8 +90,10 @@ try:
     from torch._logging._internal import getArtifactLogger as artifact_logger
     from torch._prims_common import clone_preserve_strides
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake, unset_fake_temporarily
+    from torch.autograd import profiler
     from torch.fx._graph_pickler import GraphPickler
     from torch.fx._graph_pickler import Options as GraphPicklerOptions
+    from torch.fx._symbolic_trace import is_fx_symbolic_tracing
     from torch.fx.experimental.sym_node import SymNode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -99,7 +105,19 @@ try:
     )
 
     # Looked up at each use, because torch assigns them anew or we do; here to see that they exist.
-    _ASSIGNED = (torch_logging.log_state, torch_logging.GET_DTRACE_STRUCTURED, structured.intern_string)
+    _ASSIGNED = (
+        torch_logging.log_state,
+        torch_logging.GET_DTRACE_STRUCTURED,
+        structured.intern_string,
+        eval_frame._stance.stance,
+        profiler._is_profiler_enabled,
+    )
+    _GLOBAL_HOOKS = (
+        nn_module._global_backward_pre_hooks,
+        nn_module._global_backward_hooks,
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+    )
 except (
     ImportError,
     AttributeError,
@@ -117,6 +135,7 @@ __all__ = [
     "FakeTensorMode",
     "FrameShapes",
     "FunctionalizedRngRuntimeWrapper",
+    "GenerationTracker",
     "GraphPickler",
     "GraphPicklerOptions",
     "LazyTraceHandler",
@@ -133,15 +152,18 @@ __all__ = [
     "artifact_logger",
     "autocast_dtypes",
     "backend_flags_unlocked",
+    "backend_of",
     "boxed_nop",
     "cache_entries",
     "captured_frame",
+    "captured_whole",
     "changed_configs",
     "clone_preserve_strides",
     "coerce_to_expected_memory_format",
     "compilation_time_metrics",
     "compile_context",
     "compile_lock",
+    "compiled_callable",
     "counters",
     "custom_op_def",
     "defined_in_python",
@@ -152,6 +174,7 @@ __all__ = [
     "fake_impl",
     "functorch_config",
     "gen_alias_from_base",
+    "guards_elsewhere",
     "has_external_objects",
     "inductor_config",
     "is_fake",
@@ -163,6 +186,7 @@ __all__ = [
     "kernel_side_table",
     "mark_dynamic",
     "no_autocast",
+    "only_calls_forward",
     "patch_configs",
     "peek_interpreter_stack",
     "prepare_cudagraphs",
@@ -175,6 +199,7 @@ __all__ = [
     "set_grad_enabled",
     "set_view_replay_enabled",
     "skip_frames",
+    "stand_in",
     "stock_inductor",
     "structured",
     "stub_module",
@@ -183,6 +208,7 @@ __all__ = [
     "trace_log",
     "tracing",
     "triton_kernel_wrapper_mutation",
+    "undisturbed",
     "unset_fake_temporarily",
     "version_checked",
 ]
@@ -245,6 +271,90 @@ def adopt_code(old: CodeType, new: CodeType) -> None:
     metrics = get_metrics_context()
     if not metrics.in_progress():
         metrics._edits.clear()
+
+
+# Calls past torch.compile's wrapper
+
+
+def captured_whole(gm: torch.fx.GraphModule) -> bool:
+    """Whether Dynamo captured all that the frame does, up to its end, in this graph."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and not reason.graph_break
+
+
+def compiled_callable(compiled: Callable[..., Any]) -> Any:
+    """What `torch.compile` calls for Dynamo to capture: a function, a bound method, or Dynamo's shell around it."""
+    return getattr(compiled, "_torchdynamo_orig_callable", None)
+
+
+def backend_of(compiled: Callable[..., Any]) -> Any:
+    """What the cache entries of `torch.compile`'s result name as their backend.
+
+    None where that cannot be told, or where its calls do more than find and run an entry's code.
+    """
+    if MISSING is not None or not isinstance(compiled, FunctionType) or torch._dynamo.config.compiled_autograd:
+        return None
+    cells = dict(zip(compiled.__code__.co_freevars, compiled.__closure__ or (), strict=True))
+    backend: Any = cells["callback"].cell_contents if "callback" in cells else None
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return backend
+
+
+def stand_in(function: Callable[..., Any], compiled: Callable[..., Any]) -> None:
+    """Have Dynamo take `function`, with the attributes of `compiled`, for that, and not trace its frames."""
+    attributes = cast("Any", function)
+    attributes.__wrapped__ = cast("Any", compiled).__wrapped__
+    attributes._torchdynamo_wrapper_id = id(function)
+    skip_frames(attributes.__code__)
+
+
+def undisturbed() -> bool:
+    """Whether nothing on this thread watches a compiled call, traces it or wants another: no profiler, tracer,
+    dispatch mode, functorch transform or stance. Torch function modes are a matter of the guards.
+    """
+    stance = eval_frame._stance
+    return (
+        stance.stance == "default"
+        and stance.backend is None
+        and not stance.skip_guard_eval_unsafe
+        and not profiler._is_profiler_enabled
+        and not _len_torch_dispatch_stack()
+        and maybe_current_level() is None
+        and not _is_tracing()
+        and not is_fx_symbolic_tracing()
+    )
+
+
+def only_calls_forward(module: torch.nn.Module) -> bool:
+    """Whether `module._call_impl` comes down to its class's `forward`: there are no hooks."""
+    return not (
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or any(_GLOBAL_HOOKS)
+        or "forward" in module.__dict__
+    )
+
+
+_RELATIONAL = {"OBJECT_ALIASING", "STORAGE_OVERLAPPING", "SYMBOLIC_SHAPE_GUARD"}
+"""Guards that relate values of several places, and hold only where all of these are visited."""
+
+
+def guards_elsewhere(root: Any, name: str) -> Any | None:
+    """The guards under `root` that are not about the local variable `name`; None where some relate it to others."""
+    about = f"L[{name!r}]"
+    pending = [node for node in root.get_child_managers() if node.get_source() == about]
+    while pending:
+        node = pending.pop()
+        if any(type(guard).__name__ in _RELATIONAL for guard in node.get_leaf_guards()):
+            return None
+        if hasattr(node, "get_key_value_managers"):
+            pending += (m for pair in node.get_key_value_managers().values() for m in pair if m is not None)
+        else:
+            pending += node.get_child_managers()
+    return root.clone_manager(lambda node: node.get_source() != about)
 
 
 class FrameShapes:

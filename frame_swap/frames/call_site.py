@@ -19,7 +19,7 @@ from types import CodeType
 from typing import Any
 
 from .. import internals
-from . import FrameGone, cache_entry, codegen
+from . import FrameGone, cache_entry, codegen, dispatch
 from .codegen import Condition, Indirect
 
 
@@ -31,12 +31,14 @@ class CallSite:
         scope: the frame's globals.
         callee: what to call there for now, an object whose class has `__call__`, which Dynamo is told not to
             trace. Held weakly: the code object keeps it alive.
+        whole: whether the frame does nothing else that Dynamo would capture.
     """
 
-    def __init__(self, name: str, scope: dict[str, Any], callee: Any) -> None:
+    def __init__(self, name: str, scope: dict[str, Any], callee: Any, whole: bool = False) -> None:
         self._name = name
         self._scope = scope
         self._callee = weakref.ref(callee)
+        self._whole = whole
         self._original: weakref.ref[CodeType] | None = None
         self._generated: weakref.ref[CodeType] | None = None
         _expected[name] = self
@@ -75,6 +77,8 @@ class CallSite:
         if entry is None:
             raise FrameGone
         cache_entry.replace_code(entry, code)
+        if self._whole:
+            dispatch.installed(original, entry, code)
         self._generated = weakref.ref(code)
 
     def rebind(self, callee: Any) -> None:

@@ -1,0 +1,294 @@
+"""Calling rewritten code from Python: without `torch.compile`'s wrapper, and without Dynamo's frame evaluation.
+
+For what was opted in, a *dispatcher* stands before what `torch.compile` returned: a function with the same
+parameters, so that Python binds the arguments. It evaluates the guards of those cache entries whose code has been
+rewritten, and runs that code as the function's own. Whatever it does not know, it leaves to `torch.compile`'s.
+
+Guarantees:
+- Code runs from here only while its cache entry lives and the entry's guards hold; under `static_module`, while
+  those hold that are not about the module, and after all of them have held once.
+- What is kept here for an entry goes with the entry, and no entry is kept: Dynamo's Python object for an entry dies
+  when that is dropped or invalidated.
+- Code that is rewritten again changes here in the same step.
+- A call takes no lock and sees whole tuples. What changes them holds `_changing`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from types import CodeType, FunctionType, MethodType
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from .. import internals
+
+
+class Direct(NamedTuple):
+    """Where `check` holds of a call's locals, by their names, `run` is what to call with its arguments."""
+
+    check: Callable[[dict[str, Any]], bool]
+    run: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Entry:
+    """One cache entry; `reduced` leaves out the guards on the module."""
+
+    alive: weakref.ref[Any]
+    full: Direct
+    reduced: Direct | None
+
+
+_changing = threading.RLock()  # reentrant, since an entry may die at any allocation
+
+_tables: weakref.WeakSet[_Table] = weakref.WeakSet()
+
+
+class _Table:
+    """The entries of one function that may be called directly.
+
+    Args:
+        function: what Dynamo captures.
+        backend: whose entries count.
+        module: the parameter that is a module and keeps the promise of `opt_in`.
+
+    Attributes:
+        entries: all of them.
+        latest: the one used last, alone in its tuple.
+        promised: those that have held in full for a module, by its `id` and its training flag; the last one first.
+    """
+
+    def __init__(self, function: FunctionType, backend: Any, module: str | None) -> None:
+        self.function = function
+        self._backend = backend
+        self._module = module
+        self.entries: tuple[_Entry, ...] = ()
+        self.latest: tuple[Direct, ...] = ()
+        self.promised: dict[tuple[int, bool], tuple[Direct, ...]] = {}
+        with _changing:
+            _tables.add(self)
+
+    def search(self, scope: dict[str, Any], module: torch.nn.Module | None = None) -> Callable[..., Any] | None:
+        """What to run for a call with the locals `scope`, which comes first from now on."""
+        for entry in self.entries:
+            if entry.full.check(scope):
+                if module is not None and entry.reduced is not None:
+                    self._promise(module, entry, entry.reduced)
+                else:
+                    self.latest = (entry.full,)
+                    if entry not in self.entries:  # it went just now, and perhaps before that line
+                        self.latest = ()
+                return entry.full.run
+        return None
+
+    def install(self, entry: Any, code: CodeType) -> None:
+        """`entry` runs the rewritten `code` now."""
+        known = next((e for e in self.entries if e.alive() is entry), None)
+        if known is not None:
+            cast(FunctionType, known.full.run).__code__ = code
+        elif entry.backend == self._backend and (run := _function(code, self.function)) is not None:
+            guards = entry.guard_manager.root
+            reduced = internals.guards_elsewhere(guards, self._module) if self._module else None
+            alive = weakref.ref(entry, functools.partial(_if_alive, weakref.WeakMethod(self._remove)))
+            self.entries += (_Entry(alive, Direct(guards.check, run), reduced and Direct(reduced.check, run)),)
+
+    def _promise(self, module: torch.nn.Module, entry: _Entry, reduced: Direct) -> None:
+        with _changing:
+            if entry not in self.entries:
+                return
+            key = id(module), module.training
+            if not any(known == id(module) for known, _ in self.promised):
+                forget = weakref.WeakMethod(self._forget)
+                weakref.finalize(module, _if_alive, forget, id(module)).atexit = False
+            others = (direct for direct in self.promised.get(key, ()) if direct is not reduced)
+            self.promised = {**self.promised, key: (reduced, *others)}
+
+    def _forget(self, module_id: int) -> None:
+        with _changing:
+            self.promised = {key: value for key, value in self.promised.items() if key[0] != module_id}
+
+    def _remove(self, dead: weakref.ref[Any]) -> None:
+        with _changing:
+            self.entries = tuple(entry for entry in self.entries if entry.alive is not dead)
+            runs = [entry.full.run for entry in self.entries]
+            self.latest = tuple(direct for direct in self.latest if direct.run in runs)
+            promised = ((key, tuple(d for d in value if d.run in runs)) for key, value in self.promised.items())
+            self.promised = dict(promised)
+
+
+def _if_alive(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> None:
+    if (bound := method()) is not None:
+        bound(*args)
+
+
+def installed(original: CodeType, entry: Any, code: CodeType) -> None:
+    """`entry`, of functions with the code `original`, runs the rewritten `code` now.
+
+    That code calls a graph, and otherwise nothing that Dynamo would capture.
+    """
+    with _changing:
+        for table in list(_tables):
+            if table.function.__code__ is original:
+                table.install(entry, code)
+
+
+def dispatcher(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What to call in place of `compiled`, which `torch.compile` made of a function or a bound method."""
+    target = internals.compiled_callable(compiled)
+    backend = internals.backend_of(compiled)
+    if backend is None:
+        return compiled
+    if isinstance(target, FunctionType):
+        return _stand_in(_dispatch(target, backend, compiled), compiled)
+    if isinstance(target, MethodType) and isinstance(target.__func__, FunctionType):
+        unbound = _without_first(compiled)
+        return _bound(_dispatch(target.__func__, backend, unbound), target.__self__, compiled)
+    return compiled
+
+
+def module_dispatcher(
+    compiled: Callable[..., Any], module: torch.nn.Module | None = None, *, static_module: bool = False
+) -> Callable[..., Any]:
+    """What to call in place of `compiled`, which `torch.compile` made of `nn.Module._call_impl`.
+
+    Dynamo captures `forward` there, and `_call_impl` does no more than call it where there are no hooks.
+
+    Args:
+        compiled: made of the function, or of `module`'s bound method.
+    """
+    backend = internals.backend_of(compiled)
+    if backend is None:
+        return compiled
+    ordinary = compiled if module is None else _without_first(compiled)
+    forwards: dict[Any, Callable[..., Any]] = {}
+
+    def call(self: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if not internals.only_calls_forward(self):
+            return ordinary(self, *args, **kwargs)
+        forward = type(self).forward
+        dispatch = forwards.get(forward)
+        if dispatch is None:
+            dispatch = ordinary
+            if isinstance(forward, FunctionType):
+                dispatch = _dispatch(forward, backend, ordinary, static_module)
+            forwards[forward] = dispatch
+        return dispatch(self, *args, **kwargs)
+
+    return _stand_in(call, compiled) if module is None else _bound(call, module, compiled)
+
+
+def _bound(function: Callable[..., Any], first: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(first, *args, **kwargs)
+
+    return _stand_in(call, compiled)
+
+
+def _without_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(_: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _stand_in(function: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which Dynamo and users take for `compiled`, and which Dynamo does not trace itself."""
+    functools.update_wrapper(function, compiled)
+    internals.stand_in(function, compiled)
+    return function
+
+
+# CUDA graphs tell the steps of a program apart by the generation, which `torch.compile` counts up on each call.
+# An @ keeps our names apart from the function's.
+_SOURCE = """
+def make({free}):
+    def dispatch{signature}:
+        if @table.entries and @undisturbed():
+            try:
+                @scope = {{{scope}}}
+            except NameError:  # a variable of an enclosing function that has no value yet
+                return @ordinary({passed})
+            for @check, @run in {first}:
+                if @check(@scope):
+                    @tracker.generation += 1
+                    return @run({passed})
+            @run = @table.search(@scope{module})
+            if @run is not None:
+                @tracker.generation += 1
+                return @run({passed})
+        return @ordinary({passed})
+    return dispatch
+"""
+
+
+def _dispatch(
+    function: FunctionType, backend: Any, ordinary: Callable[..., Any], static_module: bool = False
+) -> FunctionType:
+    """A function with the parameters of `function` that runs what its cache entries hold, or calls `ordinary`.
+
+    Args:
+        function: what Dynamo captures when `ordinary` is called.
+        backend: whose entries count.
+        static_module: whether the first parameter is a module that keeps the promise of `opt_in`.
+    """
+    free = function.__code__.co_freevars
+    signature = _signature(function.__code__, function)
+    parameters = signature.parameters.values()
+    passed = ", ".join(_PASSED[parameter.kind].format(parameter.name) for parameter in parameters)
+    takes_module = static_module and any(parameter.kind in _POSITIONAL for parameter in parameters)
+    module = next(iter(signature.parameters)) if takes_module else None
+    source = _SOURCE.format(
+        free=", ".join(free),
+        signature=signature,
+        scope=", ".join(f"{name!r}: {name}" for name in (*signature.parameters, *free)),
+        first=f"@table.promised.get((id({module}), {module}.training), ())" if module else "@table.latest",
+        module=f", {module}" if module else "",
+        passed=passed,
+    )
+    scope: dict[str, Any] = {
+        "frame_swap_table": _Table(function, backend, module),
+        "frame_swap_tracker": internals.GenerationTracker,
+        "frame_swap_undisturbed": internals.undisturbed,
+        "frame_swap_ordinary": ordinary,
+    }
+    exec(compile(source.replace("@", "frame_swap_"), "<frame-swap>", "exec"), scope)
+    template: FunctionType = scope.pop("make")(*free)
+    dispatch = _with_cells(template.__code__, function, scope)
+    dispatch.__defaults__, dispatch.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return dispatch
+
+
+_PASSED = {
+    Parameter.POSITIONAL_ONLY: "{0}",
+    Parameter.POSITIONAL_OR_KEYWORD: "{0}",
+    Parameter.VAR_POSITIONAL: "*{0}",
+    Parameter.KEYWORD_ONLY: "{0}={0}",
+    Parameter.VAR_KEYWORD: "**{0}",
+}
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _function(code: CodeType, like: FunctionType) -> FunctionType | None:
+    """Dynamo's `code` for `like` as a function; None where it takes other arguments or more cells."""
+    if not {*code.co_freevars} <= {*like.__code__.co_freevars}:
+        return None
+    if _signature(code, like) != _signature(like.__code__, like):
+        return None
+    return _with_cells(code, like, like.__globals__)
+
+
+def _signature(code: CodeType, like: FunctionType) -> Signature:
+    """The parameters that `code` takes, without defaults and annotations, which belong to a function."""
+    return inspect.signature(_with_cells(code, like, {}))
+
+
+def _with_cells(code: CodeType, like: FunctionType, scope: dict[str, Any]) -> FunctionType:
+    cells = dict(zip(like.__code__.co_freevars, like.__closure__ or (), strict=True))
+    return FunctionType(code, scope, like.__name__, None, tuple(cells[name] for name in code.co_freevars))
