@@ -267,7 +267,7 @@ class _Graph:
         """
         if donated := self._metadata.bw_donated_idxs:
             self._metadata.bw_donated_idxs = []  # no error then
-            graph = function.compiled_bw
+            graph = _without_disable(function.compiled_bw)
             graph.current_callable = generated.function(
                 "def boxed(args):\n    return call(copied(args, donated) if keeps_graph() else args)\n",
                 call=graph.current_callable,
@@ -385,7 +385,7 @@ class _Graph:
             self._lay_out(text, f"args[{at}]", f"layout{-at}", meta.memory_format)
         text("ctx.maybe_clear_saved_tensors()")
         with text.without_autocast() if self._no_autocast else contextlib.nullcontext():
-            if set(getattr(function.compiled_bw, "device_types", ())) <= {"cpu"}:
+            if set(getattr(_without_disable(function.compiled_bw), "device_types", ())) <= {"cpu"}:
                 text("return tuple(call(args))")
             else:  # on a thread of the engine's: with the context variables of the one that called it
                 lookup: dict[str, Any] = {"there": internals.is_thread_local, "get": internals.thread_local}
@@ -425,17 +425,23 @@ class _Graph:
 
 
 def inductors(compiled: Any) -> Boxed:
-    """Inductor's generated function, out of the object that it came in."""
+    """Inductor's generated function, out of what it came in."""
     from torch._inductor.output_code import CompiledFxGraph
 
-    bare = isinstance(compiled, CompiledFxGraph)
-    call: Any = compiled.current_callable if bare else compiled
-    if not bare or getattr(compiled.compiled_fn_runner, "partitions", None):
+    graph = _without_disable(compiled)
+    bare = isinstance(graph, CompiledFxGraph)
+    call: Any = graph.current_callable if bare else graph
+    if not bare or getattr(graph.compiled_fn_runner, "partitions", None):
         # The object deletes its runner's partitions when it goes: it has to live as long as what calls them.
-        return generated.function("def boxed(args):\n    return call(args)\n", call=call, owner=compiled)
-    compiled.compiled_fn_runner = None
+        return generated.function("def boxed(args):\n    return call(args)\n", call=call, owner=graph)
+    graph.compiled_fn_runner = None
     internals.skip_frames(call.__code__)
     return call  # type: ignore[no-any-return]
+
+
+def _without_disable(compiled: Any) -> Any:
+    """A backward comes in `torch._dynamo.disable`, which generated code has no need of."""
+    return getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
 def _unboxed(call: Boxed) -> Callable[..., Any]:
