@@ -70,6 +70,7 @@ try:
         coerce_to_expected_memory_format,
     )
     from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
+    from torch._functorch._aot_autograd.utils import saved_tensors_hooks_are_inlineable, top_saved_tensors_hooks
     from torch._guards import (
         CompileContext,
         CompileId,
@@ -196,6 +197,7 @@ __all__ = [
     "register_effect",
     "registered_at",
     "registrations",
+    "saving_is_traced",
     "set_grad_enabled",
     "set_view_replay_enabled",
     "skip_frames",
@@ -407,6 +409,11 @@ class FrameShapes:
             else known
             for symbol, known in ranges.items()
         }
+
+
+def saving_is_traced() -> bool:
+    """Whether hooks on saved tensors are set that become a part of the graphs traced meanwhile."""
+    return bool(saved_tensors_hooks_are_inlineable(top_saved_tensors_hooks()))
 
 
 def has_external_objects() -> bool:

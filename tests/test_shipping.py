@@ -18,6 +18,7 @@ import torch
 from helpers import Make, Subject, Twins, Wrap, through_swap, with_frame_swap
 from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd.graph import saved_tensors_hooks
 from torch.library import Library, custom_op
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
@@ -489,6 +490,7 @@ def test_operators_of_a_script(tmp_path: Path) -> None:
 
 MODULE = """
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.library import Library
 
 LIBRARY = Library("{name}", "DEF")
@@ -710,6 +712,23 @@ def weights(device: torch.device) -> Tensor:
 def test_a_tensor_in_the_graph_stays(device: str) -> None:
     stayed = foreground(lambda compiled: Subject(compiled(lambda x: x * weights(x.device)), [rand]), device)
     assert stayed.reason == "the graph holds parameters or buffers instead of taking them as inputs"
+
+
+def test_hooks_on_saved_tensors_that_are_graphs_stay() -> None:
+    """They become a part of the graph, for stock and here, and then are not quite what they are for eager."""
+    pack = torch.fx.symbolic_trace(lambda x: (x * 16).to(torch.int8))
+    unpack = torch.fx.symbolic_trace(lambda x: x.to(torch.float32) / 16)
+    x, gradients = torch.rand(6, 4), []
+    for backend in ("inductor", "frame_swap"):
+        torch._dynamo.reset()
+        leaf = x.clone().requires_grad_()
+        with saved_tensors_hooks(pack, unpack):
+            torch.compile(lambda x: x.sin() * x.exp(), backend=backend)(leaf).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    (region,) = frame_swap.report().regions
+    assert region.state is State.FOREGROUND
+    assert "hooks on saved tensors that are graphs" in region.reason
 
 
 def test_freezing_stays(device: str) -> None:

@@ -912,19 +912,6 @@ def save_on_cpu(call: Call) -> Any:
     return facts(outs, x.grad, y.grad)
 
 
-QUANTISE = torch.fx.symbolic_trace(lambda x: (x * 16).to(torch.int8))
-RESTORE = torch.fx.symbolic_trace(lambda x: x.to(torch.float32) / 16)
-
-
-@case(product, differs="the hooks are not shipped with the graph that they become a part of")
-def hooks_on_saved_tensors_that_are_graphs(call: Call) -> Any:
-    x, y = numbers(4), numbers(4)
-    with saved_tensors_hooks(QUANTISE, RESTORE):
-        out = call(x, y)
-        out.sum().backward()
-    return facts(out, x.grad, y.grad)
-
-
 @case(three)
 def hooks_on_tensors(call: Call) -> Any:
     noted: list[Any] = []

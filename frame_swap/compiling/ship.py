@@ -58,6 +58,8 @@ def pack(
     Raises:
         Unshippable: with the reason.
     """
+    if internals.saving_is_traced():
+        raise Unshippable("hooks on saved tensors that are graphs themselves become a part of it")
     try:
         custom = _check_graph(gm)
         inputs = [_fake_input(x) for x in example_inputs]
