@@ -167,12 +167,19 @@ def outcome(call: Callable[[], Any]) -> Any:
         return type(raised).__name__, str(raised).partition("\nException raised from")[0]
 
 
-def ambient() -> dict[str, Any]:
-    """The state of this thread that wrappers change for a while."""
+def modes() -> dict[str, bool]:
+    """What a program reads of this thread's state."""
     return {
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
+    }
+
+
+def ambient() -> dict[str, Any]:
+    """The state of this thread that wrappers change for a while."""
+    return {
+        **modes(),
         "view replay": torch._C._is_view_replay_enabled(),
         "hooks disabled": torch._C._autograd._saved_tensors_hooks_get_disabled_error_message(),
     }
@@ -185,8 +192,12 @@ WATCHED: list[StorageWeakRef] = []
 """Memory whose end is of interest."""
 
 
+def freed() -> list[bool]:
+    return [ref.expired() for ref in WATCHED]
+
+
 def note(what: str) -> None:
-    LOG.append((what, ambient(), [ref.expired() for ref in WATCHED]))
+    LOG.append((what, modes(), freed()))
 
 
 @custom_op("steady::watch", mutates_args=())
@@ -1377,10 +1388,6 @@ def no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def freed() -> list[bool]:
-    return [ref.expired() for ref in WATCHED]
 
 
 def keeps_three(x: Tensor) -> Tensor:
