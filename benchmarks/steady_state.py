@@ -27,6 +27,7 @@ import functools
 import gc
 import inspect
 import json
+import math
 import random
 import statistics
 import time
@@ -288,6 +289,8 @@ def ratio(figures: dict[str, Any], arm: str, other: str, over: str = "") -> tupl
 
     def part(costs: dict[str, float]) -> float:
         least = costs[over] if over else 0.0
+        if costs[other] <= least:  # noise: say so, rather than reach a target by it
+            return math.nan
         return (costs[arm] - least) / (costs[other] - least)
 
     us, counts = figures["us"], figures["instructions"]
