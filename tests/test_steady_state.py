@@ -895,7 +895,7 @@ def hooks_on_saved_tensors(call: Call) -> Any:
 
     x, y = numbers(4), numbers(4)
     with saved_tensors_hooks(pack, unpack):
-        outs = call(x, y)
+        outs = call(x[:], y)
     noted.append("backward")
     total = sum(out.sum() for out in outs)
     total.backward(retain_graph=True)
@@ -1467,26 +1467,25 @@ def deep(x: Tensor) -> tuple[Tensor, ...]:
     outs = []
     for _ in range(4):
         x = (x @ x.t()).tanh() @ x
-        outs.append(x.exp())
+        outs += [x.exp(), x.detach() + 1]
     return tuple(outs)
 
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_peak_memory_is_no_more_than_with_stock(grad: bool) -> None:
-    def scenario(call: Call) -> list[int]:
+    def scenario(call: Call) -> int:
         x = numbers(64, 64, grad=grad)
 
         def run() -> None:
             outs = call(x)
             if grad:
-                sum(out.sum() for out in outs).backward()
+                sum(out.square().sum() for out in outs).backward()
 
         with no_collection():
-            return [peak(run), peak(lambda: torch.autograd.backward(call(x), [x] * 4) if grad else call(x))]
+            return peak(run)
 
     stocks, ours = (observe(Case(scenario, deep), backend)[0] for backend in ("inductor", "frame_swap"))
-    assert ours[0] <= stocks[0]
-    assert ours[1] <= stocks[1]
+    assert ours <= stocks
 
 
 # Threads, recursion, profiler
