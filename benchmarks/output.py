@@ -18,7 +18,8 @@ COLOURS = {
     "inductor": "#3b6fb6",
     "upstream_async": "#7fb2e5",
     "frame_swap": "#c8102e",
-    "opt_in": "#7a0a1c",
+    "opt_in": "#e8743b",
+    "static": "#f0b27a",
     "call": "#5a8f5a",
 }
 

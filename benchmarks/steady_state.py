@@ -1,29 +1,37 @@
-"""What a call costs once everything is compiled: microseconds, most of them wrappers where graphs are tiny.
+"""What a call costs once everything is compiled: microseconds and instructions, most of them wrappers where
+graphs are tiny.
 
-    python -m benchmarks.steady_state [--rounds 21] [--milliseconds 40]
+    python -m benchmarks.steady_state [--case "tiny inference" ...] [--rounds 15] [--milliseconds 40]
 
-Four cases. Tiny: `(x + y).relu()` as inference (`no_grad`) and `(x * y).sin().sum()` as training (forward and
-backward, no optimizer), on 8 floats; and a 2-layer BERT as either. Five arms: eager, stock `torch.compile`,
-`torch.compile` with frame_swap after its swap, the same by `frame_swap.opt_in` (for modules with
-`static_module=True`), and Inductor's `call` alone: the generated functions for forward and backward, called by
-hand with the inputs that stock gave them. That is the least that any wrapper around the same code can reach; it
-checks no guards and reads no parameters.
+Cases. Tiny: `(x + y).relu()` as inference (`no_grad`) and `(x * y).sin().sum()` as training (forward and backward,
+no optimizer), on 8 floats. A 2-layer BERT as either. And small models, whole steps of a program: BERT, GPT-2, ViT,
+an LSTM, a ResNet's block; to train is to zero gradients, forward, loss, backward and SGD.
 
-All in one process, on one thread, so that the arms differ in overhead alone. In each round the arms take
-turns, in random order; a figure is the median over the rounds, a ratio the median of the rounds' own ratios.
-Writes a JSON file and a picture; prints a table.
+Arms: eager; stock `torch.compile` ("inductor"); after their swap frame_swap through `torch.compile`, through
+`frame_swap.opt_in`, and for BERT through `opt_in(static_module=True)` where that exists; and, but for whole steps,
+Inductor's `call` alone: the generated functions for forward and backward, called by hand with the inputs that stock
+gave them. That is the least that any wrapper around the same code can reach; it checks no guards and reads no
+parameters. "Over call" is what an arm takes longer than that.
+
+All in one process, on one thread, so that the arms differ in overhead alone. In each round the arms take turns, in
+random order; a figure is the median over the rounds, a ratio the median of the rounds' own ratios. Instructions
+are counted in a process of their own, for tiny cases, and for BERT with `--instructions bert`. Writes a JSON file
+and a picture; prints a table of figures, and one of targets.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
+import functools
 import gc
+import inspect
+import json
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,59 +46,106 @@ from torch import Tensor
 import frame_swap
 from frame_swap import State
 
-from . import models, output
+from . import instructions, models, output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ARMS = ("eager", "inductor", "frame_swap", "opt_in", "call")
-RATIOS = (("frame_swap", "inductor"), ("opt_in", "inductor"), ("opt_in", "eager"), ("opt_in", "call"))
-"""Which arms are compared with which."""
+ARMS = ("eager", "inductor", "frame_swap", "opt_in", "static", "call")
+"""All that there are; each case has some of them."""
 
 Call = Callable[..., Tensor]
+Runs = dict[str, Callable[[], object]]
+"""What each arm runs once."""
 Rounds = dict[str, list[float]]
 """Microseconds a call in each round, by arm."""
 
 
-class Case(NamedTuple):
-    """One graph: what is compiled, what it is called with, and with respect to what it is differentiated."""
+class Program(NamedTuple):
+    """What is compiled, and what runs once with the compiled thing in its place."""
 
-    function: Call
-    args: tuple[Tensor, ...]
-    wrt: tuple[Tensor, ...] = ()
+    target: Call
+    run: Callable[[Call], object]
+    tangent: Tensor | None = None  # of the one output, where `run` differentiates
+
+
+class Case(NamedTuple):
+    """One graph.
+
+    Attributes:
+        make: builds the program, the same each time.
+        trains: whether it runs with gradients on.
+        bare: whether there is an arm "call".
+        module: whether its target is a module.
+    """
+
+    make: Callable[[], Program]
+    trains: bool
+    bare: bool = True
+    module: bool = True
 
     @property
-    def trains(self) -> bool:
-        return bool(self.wrt)
+    def arms(self) -> tuple[str, ...]:
+        static = "static_module" in inspect.signature(frame_swap.opt_in).parameters
+        left_out = {"static": not (static and self.bare and self.module), "call": not self.bare}
+        return tuple(arm for arm in ARMS if not left_out.get(arm))
+
+
+COUNTED: dict[str, Callable[[Case], bool]] = {
+    "none": lambda case: False,
+    "tiny": lambda case: case.bare and not case.module,
+    "bert": lambda case: case.bare,
+}
+"""Whose instructions are counted; to compile BERT under Callgrind takes a quarter of an hour."""
+
+SMALL_MODELS = ("bert-tiny", "gpt2-tiny", "vit-tiny", "lstm-tiny", "resnet-block")
 
 
 def cases(device: str) -> dict[str, Case]:
     """The graphs by name."""
 
-    def vector(trains: bool) -> Tensor:
-        return torch.randn(8, device=device, requires_grad=trains)
+    def tiny(function: Call, trains: bool) -> Program:
+        torch.manual_seed(0)
+        args = tuple(torch.randn(8, device=device, requires_grad=trains) for _ in range(2))
+        if not trains:
+            return Program(function, lambda call: call(*args))
+        tangent = torch.ones((), device=device)
+        return Program(function, lambda call: torch.autograd.grad(call(*args), args, tangent), tangent)
 
-    def bert(trains: bool) -> torch.nn.Module:
-        return models.make("bert-tiny", trains, device).model
+    def bert(trains: bool) -> Program:
+        model = models.make("bert-tiny", trains, device).model
+        ids = torch.randint(1000, (2, 32), device=device)
+        if not trains:
+            return Program(model, lambda call: call(ids))
+        tangent, weights = torch.ones_like(model(ids)), tuple(model.parameters())
+        return Program(
+            model, lambda call: torch.autograd.grad(call(ids), weights, tangent, allow_unused=True), tangent
+        )
 
-    ids = torch.randint(1000, (2, 32), device=device)
-    a, b, trained = vector(True), vector(True), bert(True)
+    def step(name: str, trains: bool) -> Program:
+        made = models.make(name, trains, device)
+        return Program(made.model, made.run)
+
+    def inference(x: Tensor, y: Tensor) -> Tensor:
+        return (x + y).relu()
+
+    def training(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).sin().sum()
+
+    partial = functools.partial
     return {
-        "tiny inference": Case(lambda x, y: (x + y).relu(), (vector(False), vector(False))),
-        "tiny training": Case(lambda x, y: (x * y).sin().sum(), (a, b), (a, b)),
-        "bert-tiny inference": Case(bert(False), (ids,)),
-        "bert-tiny training": Case(trained, (ids,), tuple(trained.parameters())),
+        "tiny inference": Case(partial(tiny, inference, False), False, module=False),
+        "tiny training": Case(partial(tiny, training, True), True, module=False),
+        "bert-tiny inference": Case(partial(bert, False), False),
+        "bert-tiny training": Case(partial(bert, True), True),
+    } | {
+        f"{name} {kind} step": Case(partial(step, name, trains), trains, bare=False)
+        for name in SMALL_MODELS
+        for kind, trains in (("inference", False), ("training", True))
     }
 
 
 # --- The arms ---
-
-
-def through(call: Call, case: Case, tangent: Tensor | None) -> Callable[[], object]:
-    """What an arm runs once: `call`, and its backward where the case trains."""
-    if tangent is None:
-        return lambda: call(*case.args)
-    return lambda: torch.autograd.grad(call(*case.args), case.wrt, tangent, allow_unused=True)
 
 
 class Calls:
@@ -131,41 +186,39 @@ class Calls:
         return run_both
 
 
-def arms(case: Case) -> dict[str, Callable[[], object]]:
+def compiled(arm: str, target: Call) -> Call:
+    """`target` as the arm calls it."""
+    wrappers: dict[str, Callable[[Call], Call]] = {
+        "eager": lambda target: target,
+        "inductor": torch.compile,
+        "frame_swap": functools.partial(torch.compile, backend="frame_swap"),
+        "opt_in": frame_swap.opt_in,
+        "static": lambda target: frame_swap.opt_in(static_module=True)(target),
+    }
+    return wrappers[arm](target)
+
+
+def arms(case: Case) -> Runs:
     """What each arm runs once, compiled and swapped in, and giving the same values."""
-    tangent = torch.ones_like(case.function(*case.args)) if case.trains else None
     calls = Calls()
     before = set(frame_swap.report().regions)
-    runs = {
-        "eager": through(case.function, case, tangent),
-        "inductor": through(torch.compile(case.function), case, tangent),
-        "frame_swap": through(torch.compile(case.function, backend="frame_swap"), case, tangent),
-        "opt_in": through(opted_in(case.function), case, tangent),
-    }
-    with calls.recorded():
-        runs["inductor"]()
-    for arm in ("frame_swap", "opt_in"):
-        runs[arm]()
+    runs: Runs = {}
+    for arm in case.arms:
+        program = case.make()
+        if arm == "call":
+            runs[arm] = calls.run(program.tangent)
+            continue
+        runs[arm] = functools.partial(program.run, compiled(arm, program.target))
+        with calls.recorded() if arm == "inductor" else contextlib.nullcontext():
+            runs[arm]()
     frame_swap.wait()
-    for arm in ("frame_swap", "opt_in"):
-        runs[arm]()
+    results = {arm: tensors(run()) for arm, run in runs.items() if arm != "call"}
     regions = [region for region in frame_swap.report().regions if region not in before]
     if not regions or any(region.state is not State.INSTALLED or region.reason for region in regions):
         raise RuntimeError(f"not everything is swapped in:\n{frame_swap.report()}")
-    runs["call"] = calls.run(tangent)
-
-    expected = tensors(runs["eager"]())
-    for arm in ("inductor", "frame_swap", "opt_in"):
-        torch.testing.assert_close(tensors(runs[arm]()), expected, rtol=2e-2, atol=2e-3)
+    for actual in results.values():
+        torch.testing.assert_close(actual, results["eager"], rtol=2e-2, atol=2e-3)
     return runs
-
-
-def opted_in(function: Call) -> Call:
-    """The case's function opted in; for a module, which would change in place, another with the same submodules."""
-    if isinstance(function, torch.nn.Module):
-        opted: Call = frame_swap.opt_in(static_module=True)(copy.copy(function))
-        return opted
-    return frame_swap.opt_in(function)
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -192,89 +245,209 @@ def microseconds(run: Callable[[], object], number: int, finish: Callable[[], No
         gc.enable()
 
 
-def measure(case: Case, rounds: int, milliseconds: float) -> Rounds:
+def measure(case: Case, rounds: int, milliseconds: float, device: str) -> Rounds:
     """All arms of a case, interleaved."""
-    finish = torch.cuda.synchronize if case.args[0].is_cuda else lambda: None
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
     with torch.set_grad_enabled(case.trains):
         runs = arms(case)
-        numbers = {
-            arm: max(1, int(1e3 * milliseconds / microseconds(run, 20, finish))) for arm, run in runs.items()
-        }
-        times: Rounds = {arm: [] for arm in ARMS}
+        numbers = {arm: max(1, int(1e3 * milliseconds / microseconds(run, 5, finish))) for arm, run in runs.items()}
+        times: Rounds = {arm: [] for arm in runs}
         for _ in range(rounds):
-            for arm in random.sample(ARMS, len(ARMS)):
+            for arm in random.sample(list(runs), len(runs)):
                 times[arm].append(microseconds(runs[arm], numbers[arm], finish))
+    torch._dynamo.reset()
     return times
+
+
+def count(chosen: Mapping[str, Case]) -> dict[str, dict[str, float]]:
+    """Instructions a call, by case and arm; runs under Callgrind."""
+    instructions.prepare()
+    runs = {}
+    for name, case in chosen.items():
+        with torch.set_grad_enabled(case.trains):
+            runs[name] = arms(case)
+    instructions.begin()
+    counts: dict[str, dict[str, float]] = {}
+    for name, case in chosen.items():
+        with torch.set_grad_enabled(case.trains):
+            counts[name] = {arm: instructions.count(run) for arm, run in runs[name].items()}
+    return counts
 
 
 # --- What comes out ---
 
-
-def summary(times: Rounds) -> dict[str, dict[str, float]]:
-    """Medians over the rounds, and ratios within them."""
-    return {
-        "us": {arm: statistics.median(times[arm]) for arm in ARMS},
-        "ratios": {
-            f"{arm} / {other}": statistics.median(a / b for a, b in zip(times[arm], times[other], strict=True))
-            for arm, other in RATIOS
-        },
-    }
+Figures = dict[str, dict[str, Any]]
+"""By case: rounds by arm ("us"), and instructions by arm where they were counted."""
 
 
-def table(summaries: dict[str, dict[str, dict[str, float]]], title: str) -> Table:
+def ratio(figures: dict[str, Any], arm: str, other: str, over: str = "") -> tuple[float, float | None]:
+    """What part of `other`'s cost `arm` has, in time and in instructions; beyond the cost of `over` where given."""
+
+    def part(costs: dict[str, float]) -> float:
+        least = costs[over] if over else 0.0
+        if costs[other] <= least:  # noise: say so, rather than reach a target by it
+            return math.nan
+        return (costs[arm] - least) / (costs[other] - least)
+
+    us, counts = figures["us"], figures["instructions"]
+    if over:  # a small difference of large figures: in single rounds it is mostly noise
+        time_part = part({name: statistics.median(times) for name, times in us.items()})
+    else:
+        time_part = statistics.median(a / b for a, b in zip(us[arm], us[other], strict=True))
+    return time_part, part(counts) if counts else None
+
+
+class Target(NamedTuple):
+    """What part of another arm's cost one may have; beyond the cost of `over` where given."""
+
+    case: str
+    arm: str
+    other: str
+    limit: float
+    over: str = ""
+
+
+TARGETS = (
+    Target("tiny inference", "frame_swap", "inductor", 0.60),
+    Target("tiny inference", "opt_in", "inductor", 0.30),
+    Target("tiny training", "frame_swap", "inductor", 0.50),
+    Target("tiny training", "opt_in", "inductor", 0.40),
+    Target("tiny training", "opt_in", "eager", 1.25),
+    *(
+        Target(f"bert-tiny {kind}", arm, "inductor", limit, over="call")
+        for kind in ("inference", "training")
+        for arm, limit in (("frame_swap", 0.50), ("opt_in", 0.25), ("static", 0.25))
+    ),
+    *(
+        Target(f"{name} {kind} step", arm, "inductor", 1.0)
+        for name in SMALL_MODELS
+        for kind in ("inference", "training")
+        for arm in ("frame_swap", "opt_in")
+    ),
+)
+
+
+def targets(figures: Figures) -> list[dict[str, Any]]:
+    """Each target whose arms were run, and whether it was reached, to two decimals."""
+    rows = []
+    for target in TARGETS:
+        if target.arm in figures.get(target.case, {"us": {}})["us"]:
+            in_time, in_instructions = ratio(figures[target.case], target.arm, target.other, target.over)
+            reached = round(in_time, 2) <= target.limit
+            rows.append(target._asdict() | {"us": in_time, "instructions": in_instructions, "reached": reached})
+    return rows
+
+
+def table(figures: Figures, title: str, uncounted: str) -> Table:
     """One row a case."""
-    caption = "µs a call, medians over rounds; and ratios, medians of those within rounds"
+    caption = "µs a call, medians over rounds; below, thousands of instructions"
+    if uncounted:
+        caption += f" (not counted: {uncounted})"
     shown = Table(box=box.SIMPLE_HEAD, title=title, caption=caption, title_justify="left")
     shown.add_column("case", no_wrap=True)
-    for column in (*ARMS, *(f"{arm} / {other}" for arm, other in RATIOS)):
-        shown.add_column(column, justify="right")
-    for name, figures in summaries.items():
-        us, ratios = figures["us"].values(), figures["ratios"].values()
-        shown.add_row(name, *(f"{v:.1f}" for v in us), *(f"{v:.2f}" for v in ratios))
+    for arm in ARMS:
+        shown.add_column(arm, justify="right")
+    for name, of_case in figures.items():
+        shown.add_row(name, *(cell(of_case, arm) for arm in ARMS))
     return shown
 
 
-def draw(summaries: dict[str, dict[str, dict[str, float]]], title: str) -> Figure:
-    """A group of bars for each case."""
+def cell(of_case: dict[str, Any], arm: str) -> str:
+    if arm not in of_case["us"]:
+        return ""
+    us = f"{statistics.median(of_case['us'][arm]):.1f}"
+    return f"{us}\n{of_case['instructions'][arm] / 1e3:.1f}k" if of_case["instructions"] else us
+
+
+def target_table(rows: list[dict[str, Any]]) -> Table:
+    """One row a target."""
+    shown = Table(box=box.SIMPLE_HEAD, title="targets", title_justify="left")
+    shown.add_column("case", no_wrap=True)
+    shown.add_column("ratio", no_wrap=True)
+    for column in ("at most", "µs", "instructions", "reached"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        what = f"{row['arm']} / {row['other']}" + (f", over {row['over']}" if row["over"] else "")
+        counted = "" if row["instructions"] is None else f"{row['instructions']:.2f}"
+        verdict = "[green]yes" if row["reached"] else "[red]no"
+        shown.add_row(row["case"], what, f"{row['limit']:.2f}", f"{row['us']:.2f}", counted, verdict)
+    return shown
+
+
+def draw(figures: Figures, title: str) -> Figure:
+    """A group of bars for each case that has the arm "call"; for whole steps, their part of stock's."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(summaries))
-    for axes, (name, figures) in zip(panels, summaries.items(), strict=True):
-        us = figures["us"]
-        bars = axes.bar(ARMS, us.values(), color=[output.COLOURS[arm] for arm in ARMS])
-        axes.bar_label(bars, fmt="{:.4g}", fontsize=9)
-        axes.set_title(name, fontsize=10)
+    groups = {name: of_case["us"] for name, of_case in figures.items() if "call" in of_case["us"]}
+    steps = {name: of_case for name, of_case in figures.items() if name not in groups}
+    figure = Figure(figsize=(max(6, 3.2 * len(groups)), 7.2 if steps and groups else 3.6), layout="constrained")
+    rows = figure.subfigures(bool(groups) + bool(steps), 1, squeeze=False)[:, 0]
+    if groups:
+        panels = rows[0].subplots(1, len(groups), squeeze=False)[0]
+        for axes, (name, us) in zip(panels, groups.items(), strict=True):
+            medians = {arm: statistics.median(times) for arm, times in us.items()}
+            bars = axes.bar(list(medians), list(medians.values()), color=[output.COLOURS[arm] for arm in medians])
+            axes.bar_label(bars, fmt="{:.4g}", fontsize=9)
+            axes.set_title(name, fontsize=10)
+        panels[0].set_ylabel("µs a call")
+    if steps:
+        axes = rows[-1].subplots()
+        for at, arm in enumerate(("eager", "frame_swap", "opt_in")):
+            parts = [ratio(of_case, arm, "inductor")[0] for of_case in steps.values()]
+            places = [place + 0.27 * (at - 1) for place in range(len(steps))]
+            axes.bar(places, parts, 0.25, label=arm, color=output.COLOURS[arm])
+        axes.axhline(1, color=output.COLOURS["inductor"])
+        axes.set_xticks(range(len(steps)), [name.removesuffix(" step") for name in steps])
+        axes.set_ylabel("whole step / stock's")
+        axes.legend()
+    for axes in figure.axes:
         axes.tick_params(axis="x", rotation=30)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("µs a call")
     figure.suptitle(title, fontsize=10)
     return figure
 
 
 def main() -> None:
+    device = output.device()
+    every = cases(device)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--case", action="append", choices=list(every), help="may be given again; default: all")
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--milliseconds", type=float, default=40.0, help="how long an arm runs in a round")
+    parser.add_argument("--instructions", choices=list(COUNTED), default="tiny", help="count those of these cases")
+    parser.add_argument("--only-count", action="store_true", help=argparse.SUPPRESS)  # the process that counts
     parser.add_argument("--out", type=Path, default=output.RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     random.seed(0)
 
-    device = output.device()
-    rounds = {}
-    for name, case in cases(device).items():
+    chosen = {name: every[name] for name in args.case or every}
+    counted = {name: case for name, case in chosen.items() if COUNTED[args.instructions](case)}
+    if args.only_count:
+        print(json.dumps(count(counted)))
+        return
+    figures: Figures = {}
+    for name, case in chosen.items():
         print(f"{name} ...", flush=True)
-        rounds[name] = measure(case, args.rounds, args.milliseconds)
-        torch._dynamo.reset()
-    summaries = {name: summary(times) for name, times in rounds.items()}
+        figures[name] = {"us": measure(case, args.rounds, args.milliseconds, device), "instructions": {}}
+    uncounted = instructions.unavailable()
+    if counted and not uncounted:
+        print("counting instructions ...", flush=True)
+        options = [option for name in counted for option in ("--case", name)]
+        last_line = instructions.run_counting(
+            __spec__.name, ["--only-count", "--instructions", args.instructions, *options]
+        ).splitlines()[-1]
+        for name, counts in json.loads(last_line).items():
+            figures[name]["instructions"] = counts
     what = f"steady state, one thread, torch {torch.__version__}, {output.device_name()}"
-    Console(width=100).print(table(summaries, what))
+    rows = targets(figures)
+    console = Console(width=110)
+    console.print(table(figures, what, uncounted))
+    console.print(target_table(rows))
     output.write(
         args.out / f"steady_state-{device}",
-        {"what": what, "figures": summaries, "rounds_us": rounds},
-        draw(summaries, what),
+        {"what": what, "figures": figures, "targets": rows, "uncounted": uncounted},
+        draw(figures, what),
     )
 
 

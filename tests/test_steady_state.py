@@ -167,12 +167,19 @@ def outcome(call: Callable[[], Any]) -> Any:
         return type(raised).__name__, str(raised).partition("\nException raised from")[0]
 
 
-def ambient() -> dict[str, Any]:
-    """The state of this thread that wrappers change for a while."""
+def modes() -> dict[str, bool]:
+    """What a program reads of this thread's state."""
     return {
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
+    }
+
+
+def ambient() -> dict[str, Any]:
+    """The state of this thread that wrappers change for a while."""
+    return {
+        **modes(),
         "view replay": torch._C._is_view_replay_enabled(),
         "hooks disabled": torch._C._autograd._saved_tensors_hooks_get_disabled_error_message(),
     }
@@ -185,10 +192,12 @@ WATCHED: list[StorageWeakRef] = []
 """Memory whose end is of interest."""
 
 
+def freed() -> list[bool]:
+    return [ref.expired() for ref in WATCHED]
+
+
 def note(what: str) -> None:
-    # How views are to be replayed concerns only views that a graph hands out; elsewhere it is not switched over.
-    state = {name: value for name, value in ambient().items() if name != "view replay"}
-    LOG.append((what, state, [ref.expired() for ref in WATCHED]))
+    LOG.append((what, modes(), freed()))
 
 
 @custom_op("steady::watch", mutates_args=())
@@ -804,11 +813,14 @@ def written_buffers(call: Call) -> Any:
     return seen
 
 
+# Dynamo breaks the graph at `x.t_()` and `x.set_(y)`; operators called by name get into it.
+
+
 def transpose_in_place(x: Tensor, y: Tensor) -> Tensor:
-    x.t_()
-    y.unsqueeze_(0)
+    torch.ops.aten.t_.default(x)
+    torch.ops.aten.t_.default(y)
     y.mul_(2)
-    return x @ x.t()
+    return x @ y.t()
 
 
 @case(transpose_in_place)
@@ -820,13 +832,13 @@ def inputs_whose_shape_changes(call: Call) -> Any:
         out = call(x, y)
         seen.append(facts(out, x, y))
         if grad:
-            seen.append(facts(autograd.grad(out.sum() + x.sum() + y.sum(), leaf)))
+            seen.append(outcome(lambda: autograd.grad(out.sum() + x.sum() + y.sum(), leaf)))
     return seen
 
 
 def set_to(x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
-        x.set_(y)
+        torch.ops.aten.set_.source_Tensor(x, y)
     return x * 2
 
 
@@ -834,9 +846,11 @@ def set_to(x: Tensor, y: Tensor) -> Tensor:
 def inputs_set_to_another(call: Call) -> Any:
     seen = []
     for grad in (False, True):
-        x, y = numbers(3, 4, grad=grad), numbers(4, 3, grad=False)
+        x, y = numbers(3, 4, grad=grad), numbers(3, 4, grad=False)
         out = call(x, y)
         seen.append(facts(out, x, y))
+        if grad:
+            seen.append(facts(autograd.grad(out.sum(), x, allow_unused=True)))
     return seen
 
 
@@ -884,7 +898,7 @@ def hooks_on_saved_tensors(call: Call) -> Any:
 
     x, y = numbers(4), numbers(4)
     with saved_tensors_hooks(pack, unpack):
-        outs = call(x, y)
+        outs = call(x[:], y)
     noted.append("backward")
     total = sum(out.sum() for out in outs)
     total.backward(retain_graph=True)
@@ -1395,10 +1409,6 @@ def no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def freed() -> list[bool]:
-    return [ref.expired() for ref in WATCHED]
-
-
 def keeps_three(x: Tensor) -> Tensor:
     for _ in range(3):
         x = watch(x * 2, "kept")
@@ -1471,26 +1481,25 @@ def deep(x: Tensor) -> tuple[Tensor, ...]:
     outs = []
     for _ in range(4):
         x = (x @ x.t()).tanh() @ x
-        outs.append(x.exp())
+        outs += [x.exp(), x.detach() + 1]
     return tuple(outs)
 
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_peak_memory_is_no_more_than_with_stock(grad: bool) -> None:
-    def scenario(call: Call) -> list[int]:
+    def scenario(call: Call) -> int:
         x = numbers(64, 64, grad=grad)
 
         def run() -> None:
             outs = call(x)
             if grad:
-                sum(out.sum() for out in outs).backward()
+                sum(out.square().sum() for out in outs).backward()
 
         with no_collection():
-            return [peak(run), peak(lambda: torch.autograd.backward(call(x), [x] * 4) if grad else call(x))]
+            return peak(run)
 
     stocks, ours = (observe(Case(scenario, deep), backend)[0] for backend in ("inductor", "frame_swap"))
-    assert ours[0] <= stocks[0]
-    assert ours[1] <= stocks[1]
+    assert ours <= stocks
 
 
 # Threads, recursion, profiler
