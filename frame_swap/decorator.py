@@ -65,9 +65,11 @@ def opt_in(
       passed as an argument. Values may change, in place (optimizers, `load_state_dict`) or by another tensor of
       that kind: each call reads the tensors anew.
     - Submodules are in training or evaluation mode as the module is: `module.train()` and `.eval()` may be called.
+    - The code that it runs stays: no function, class or module that it reaches through globals is replaced.
 
-    Inputs, globals and the global state are guarded as ever. A broken promise goes unnoticed: calls go on with the
-    code compiled for the module as it was, and may return wrong values or crash. `torch._dynamo.reset()` ends it.
+    Inputs, other globals and the global state are guarded as ever. A broken promise goes unnoticed: calls go on
+    with the code compiled for the module as it was, and may return wrong values or crash. `torch._dynamo.reset()`
+    ends it.
     """
     settings.inductor_options(mode, options)  # an unknown name is an error here, not at the first call
 

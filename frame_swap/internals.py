@@ -345,18 +345,38 @@ _RELATIONAL = {"OBJECT_ALIASING", "STORAGE_OVERLAPPING", "SYMBOLIC_SHAPE_GUARD"}
 
 
 def guards_elsewhere(root: Any, name: str) -> Any | None:
-    """The guards under `root` that are not about the local variable `name`; None where some relate it to others."""
+    """The guards under `root` that are neither about the local variable `name` nor about code.
+
+    Guards about code are those on the identity of functions, classes and modules that globals lead to. None where
+    guards relate the variable to others.
+    """
     about = f"L[{name!r}]"
     pending = [node for node in root.get_child_managers() if node.get_source() == about]
     while pending:
         node = pending.pop()
         if any(type(guard).__name__ in _RELATIONAL for guard in node.get_leaf_guards()):
             return None
-        if hasattr(node, "get_key_value_managers"):
-            pending += (m for pair in node.get_key_value_managers().values() for m in pair if m is not None)
+        pending += _below(node)
+    left_out = {about}
+    pending = [node for node in root.get_child_managers() if node.get_source() == "G"]
+    while pending:
+        node = pending.pop()
+        if _is_about_code(node):
+            left_out.add(node.get_source())
         else:
-            pending += node.get_child_managers()
-    return root.clone_manager(lambda node: node.get_source() != about)
+            pending += _below(node)
+    return root.clone_manager(lambda node: node.get_source() not in left_out)
+
+
+def _below(node: Any) -> list[Any]:
+    if not hasattr(node, "get_key_value_managers"):
+        return list(node.get_child_managers())
+    return [m for pair in node.get_key_value_managers().values() for m in pair if m is not None]
+
+
+def _is_about_code(node: Any) -> bool:
+    kinds = {type(guard).__name__ for guard in node.get_leaf_guards()}
+    return kinds <= {"ID_MATCH", "TYPE_MATCH"} and all(map(_is_about_code, _below(node)))
 
 
 class FrameShapes:

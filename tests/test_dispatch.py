@@ -546,6 +546,30 @@ def test_inputs_and_global_state_are_guarded(static: bool) -> None:
         assert not model(x).requires_grad
 
 
+FACTOR = 2.0
+
+
+def times_factor(x: Tensor) -> Tensor:
+    return x * FACTOR
+
+
+class ReadsGlobals(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return times_factor(x) + FACTOR
+
+
+@ways
+def test_globals_are_guarded_but_for_promised_code(static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(3)
+    model = swapped(ReadsGlobals(), x, static_module=static)
+    assert_same(model(x), 2 * x + 2, "as compiled")
+    with monkeypatch.context() as change:
+        change.setitem(globals(), "times_factor", lambda x: x * 5)
+        assert_same(model(x), (2 if static else 5) * x + 2, "another function")
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    assert_same(model(x), 3 * x + 3, "another value")
+
+
 def test_a_promise_goes_with_its_module() -> None:
     Opted = opted_class(static_module=True)
     x = torch.rand(2, 4)
