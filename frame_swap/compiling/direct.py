@@ -429,9 +429,8 @@ def inductors(compiled: Any) -> Boxed:
     from torch._inductor.output_code import CompiledFxGraph
 
     graph = _without_disable(compiled)
-    bare = isinstance(graph, CompiledFxGraph)
-    call: Any = graph.current_callable if bare else graph
-    if not bare or getattr(graph.compiled_fn_runner, "partitions", None):
+    call: Any = graph.current_callable if isinstance(graph, CompiledFxGraph) else graph
+    if call is graph or not hasattr(call, "__code__") or getattr(graph.compiled_fn_runner, "partitions", None):
         # The object deletes its runner's partitions when it goes: it has to live as long as what calls them.
         return generated.function("def boxed(args):\n    return call(args)\n", call=call, owner=graph)
     graph.compiled_fn_runner = None
