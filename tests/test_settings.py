@@ -180,7 +180,7 @@ def test_the_report_is_a_table_and_json() -> None:
     report = frame_swap.wait()
     (row,) = json.loads(json.dumps(report.as_dict()))["regions"]
     columns = "frame compile_id state reason pair_calls ship_s queue_s compile_s load_s install_s"
-    assert set(row) == {*columns.split(), "artifact_bytes", "late_guards", "artifacts", "worker_pid"}
+    assert set(row) == {*columns.split(), "artifact_bytes", "late_guards", "artifacts", "wrappers", "worker_pid"}
     assert row["state"] == "installed"
     assert row["compile_s"] > 0
     assert row["artifact_bytes"] > 1000
