@@ -275,17 +275,6 @@ def saves_results(x: Tensor) -> Tensor:
     return (x.sin() @ x).exp().sum(0)
 
 
-@case(
-    saves_results,
-    differs="with stock the second gradient is wrong: the first backward overwrote what it was to keep",
-)
-def retain_graph_from_the_first_backward_on(call: Call) -> Any:
-    x = numbers(4, 4)
-    out = call(x)
-    grads = [autograd.grad(out.sum(), x, retain_graph=retain) for retain in (True, False)]
-    return facts(out, grads)
-
-
 @case(product)
 def backward_twice(call: Call) -> Any:
     x, y = numbers(4), numbers(4)
