@@ -1503,9 +1503,13 @@ def several_threads(call: Call) -> Any:
     barrier = threading.Barrier(4)
 
     def run(at: int) -> None:
-        for _ in range(50):
-            autograd.grad(call(x[at], y).sum(), (x[at], y))
-        outs[at] = call(x[at], y)
+        try:
+            for _ in range(50):
+                autograd.grad(call(x[at], y).sum(), (x[at], y))
+            outs[at] = call(x[at], y)
+        except BaseException:
+            barrier.abort()
+            raise
         barrier.wait()
         outs[at - 1].sum().backward(inputs=[x[at - 1]])  # another thread's graph
 
