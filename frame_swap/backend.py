@@ -5,7 +5,7 @@
 3 pair      AOTAutograd's eager forward and backward, traced meanwhile, serve the calls
 4 hook      the frame's new code calls a trampoline of ours
 5 compile   the worker runs all of Inductor and sends back one artifact
-6 load      the loader thread makes the artifact callable
+6 load      the loader thread makes the artifact callable, without AOTAutograd's wrappers
 7 install   the next call rewrites the frame's cache entry; the trampoline drops out of the path
 """
 
