@@ -213,6 +213,7 @@ __all__ = [
     "undisturbed",
     "unset_fake_temporarily",
     "version_checked",
+    "without_disable",
 ]
 
 
@@ -273,6 +274,11 @@ def adopt_code(old: CodeType, new: CodeType) -> None:
     metrics = get_metrics_context()
     if not metrics.in_progress():
         metrics._edits.clear()
+
+
+def without_disable(function: Any) -> Any:
+    """What `torch._dynamo.disable` was put around, or `function` itself."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
 
 
 # Calls past torch.compile's wrapper

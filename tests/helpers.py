@@ -9,7 +9,9 @@ through_swap(doubles, device=device)
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +118,21 @@ def assert_same(actual: Any, expected: Any, where: str, tolerance: dict[str, flo
 
 def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def codes_called(call: Callable[[], Any]) -> list[CodeType]:
+    """The code of all Python functions that this thread runs during `call`, autograd's calls included."""
+    codes = []  # rewritten code may have constants that cannot be hashed
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        codes.append(frame.f_code)
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return codes
 
 
 def wait_for_all() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import assert_same, observe
+from helpers import assert_same, codes_called, observe
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -90,8 +88,9 @@ def test_only_wrappers_that_the_report_names_are_called(case: Case) -> None:
     assert (region.state, region.reason, region.wrappers) == (State.INSTALLED, "", case.wrappers)
     torch.manual_seed(0)
     args = case.make()
-    with torch.set_grad_enabled(case.grad), called() as files:
-        actual = observe(compiled, args)
+    actual: dict[str, Any] = {}
+    with torch.set_grad_enabled(case.grad):
+        files = {code.co_filename for code in codes_called(lambda: actual.update(observe(compiled, args)))}
     torch.manual_seed(0)
     args = case.make()
     with torch.set_grad_enabled(case.grad):
@@ -102,23 +101,6 @@ def test_only_wrappers_that_the_report_names_are_called(case: Case) -> None:
     assert bool(wrappers) == bool(case.wrappers), files
     assert frame_swap.report().as_dict()["regions"][0]["wrappers"] == list(case.wrappers)
     assert all(name in str(frame_swap.report()) for name in case.wrappers)
-
-
-class called:
-    """The files of all Python functions that this thread calls meanwhile, autograd's calls included."""
-
-    def __enter__(self) -> set[str]:
-        files: set[str] = set()
-
-        def note(frame: FrameType, event: str, arg: object) -> None:
-            if event == "call":
-                files.add(frame.f_code.co_filename)
-
-        sys.setprofile(note)
-        return files
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
 
 
 def test_inference_is_called_from_the_frames_own_code() -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import sys
 import threading
 import weakref
 from collections.abc import Callable
-from types import CellType, FrameType, FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, observe
+from helpers import assert_same, codes_called, observe
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import adaptive_avg_pool2d
@@ -40,17 +39,7 @@ def swap() -> None:
 
 def called(call: Call) -> set[str]:
     """The qualified names of all Python functions that run during `call`."""
-    names = set()
-
-    def profile(frame: FrameType, event: str, arg: Any) -> None:
-        names.add(frame.f_code.co_qualname)
-
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return names
+    return {code.co_qualname for code in codes_called(call)}
 
 
 def is_direct(call: Call) -> bool:

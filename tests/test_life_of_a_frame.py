@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 import pytest
 import torch
+from helpers import codes_called
 from torch._inductor.utils import fresh_cache
 
 import frame_swap
@@ -32,17 +32,7 @@ def only_entry(code: CodeType) -> Any:
 
 def files_called(call: Callable[[], Any]) -> set[str]:
     """The files of all Python code that runs during `call`."""
-    files = set()
-
-    def profile(frame: FrameType, event: str, arg: Any) -> None:
-        files.add(frame.f_code.co_filename)
-
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return files
+    return {code.co_filename for code in codes_called(call)}
 
 
 def f(x: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ class _Graph:
 
     Args:
         entry: AOTAutograd's cache entry.
-        wrapper: the `internals.RuntimeWrapper` to do without.
+        wrapper: the `RuntimeWrapper` to do without.
         compiled: what it was to call: the forward for inference, or the `apply` of an `autograd.Function`.
         aot_config, metadata: what AOTAutograd has settled for the graph.
     """
@@ -163,14 +163,18 @@ class _Graph:
             if self._trains and self._returns_views():
                 switch = internals.is_view_replay_enabled, internals.set_view_replay_enabled
                 stack.enter_context(text.switched("view_replay", *switch, True))
-            if self._no_autocast and not self._trains:
-                stack.enter_context(text.without_autocast())
+            if not self._trains:
+                stack.enter_context(self._autocast_off(text))
             text(f"outs = {expression}")
         text("del args")
         self._write_inputs(text)
         self._finish_outputs(text)
         text("return outs")
         return text.function()
+
+    def _autocast_off(self, text: Source) -> contextlib.AbstractContextManager[None]:
+        """What is written meanwhile runs without autocast, if the graph has its casts in it."""
+        return text.without_autocast() if self._no_autocast else contextlib.nullcontext()
 
     def _returns_views(self) -> bool:
         """Whether views made by compiled code may come out of it: autograd is to know how they were made."""
@@ -181,8 +185,8 @@ class _Graph:
         for at in self._needed_afterwards():
             text(f"input{at} = args[{at}]")
         if self._counted:
-            inputs = "".join(f"args[{at}], " for at in self._counted)
-            text(f"increment_version(({inputs}))", increment_version=torch.autograd.graph.increment_version)
+            inputs = _tuple([f"args[{at}]" for at in self._counted])
+            text(f"increment_version({inputs})", increment_version=torch.autograd.graph.increment_version)
         if self._detached:
             text("args = list(args)")
         for at in self._detached:  # autograd never asks for their gradients
@@ -216,8 +220,7 @@ class _Graph:
     def _finish_outputs(self, text: Source) -> None:
         metadata = self._metadata
         if metadata.num_outputs_aliased:
-            outputs = "".join(f"{self._output(text, at)}, " for at in range(metadata.num_outputs))
-            text(f"outs = ({outputs})")
+            text(f"outs = {_tuple([self._output(text, at) for at in range(metadata.num_outputs)])}")
         for at, info in enumerate(metadata.output_info):
             if metadata.dynamic_outputs and info.dynamic_dims is not None:
                 self._mark_dynamic(text, f"outs[{at}]", info.dynamic_dims)
@@ -267,7 +270,7 @@ class _Graph:
         """
         if donated := self._metadata.bw_donated_idxs:
             self._metadata.bw_donated_idxs = []  # no error then
-            graph = _without_disable(function.compiled_bw)
+            graph = internals.without_disable(function.compiled_bw)
             graph.current_callable = generated.function(
                 "def boxed(args):\n    return call(copied(args, donated) if keeps_graph() else args)\n",
                 call=graph.current_callable,
@@ -306,7 +309,7 @@ class _Graph:
         outs = [f"out{at}" for at in range(metadata.num_forward_returns)]
         checked, unchecked, opaque, symints = self._saved()
         text = Source("forward(ctx, *args)", call=inductors(function.compiled_fw))
-        with text.without_autocast() if self._no_autocast else contextlib.nullcontext():
+        with self._autocast_off(text):
             text(f"{_tuple([*outs, *checked, *unchecked, *opaque, *symints])} = call(list(args))")
         if tensors := checked + unchecked:
             text(f"saved = {_tuple(tensors)}")
@@ -384,8 +387,8 @@ class _Graph:
         for at, meta in enumerate(metadata.subclass_tangent_meta, -len(tangents)):
             self._lay_out(text, f"args[{at}]", f"layout{-at}", meta.memory_format)
         text("ctx.maybe_clear_saved_tensors()")
-        with text.without_autocast() if self._no_autocast else contextlib.nullcontext():
-            if set(getattr(_without_disable(function.compiled_bw), "device_types", ())) <= {"cpu"}:
+        with self._autocast_off(text):
+            if set(getattr(internals.without_disable(function.compiled_bw), "device_types", ())) <= {"cpu"}:
                 text("return tuple(call(args))")
             else:  # on a thread of the engine's: with the context variables of the one that called it
                 lookup: dict[str, Any] = {"there": internals.is_thread_local, "get": internals.thread_local}
@@ -428,7 +431,7 @@ def inductors(compiled: Any) -> Boxed:
     """Inductor's generated function, out of what it came in."""
     from torch._inductor.output_code import CompiledFxGraph
 
-    graph = _without_disable(compiled)
+    graph = internals.without_disable(compiled)
     call: Any = graph.current_callable if isinstance(graph, CompiledFxGraph) else graph
     if call is graph or not hasattr(call, "__code__") or getattr(graph.compiled_fn_runner, "partitions", None):
         # The object deletes its runner's partitions when it goes: it has to live as long as what calls them.
@@ -436,11 +439,6 @@ def inductors(compiled: Any) -> Boxed:
     graph.compiled_fn_runner = None
     internals.skip_frames(call.__code__)
     return call  # type: ignore[no-any-return]
-
-
-def _without_disable(compiled: Any) -> Any:
-    """A backward comes in `torch._dynamo.disable`, which generated code has no need of."""
-    return getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
 def _unboxed(call: Boxed) -> Callable[..., Any]:

@@ -101,7 +101,7 @@ class CallSite:
         """Whether the global holds our callee, behind nothing but Dynamo's own `disable`."""
         held = self._scope.get(self._name)
         callee = self._callee()
-        return callee is not None and getattr(held, "_torchdynamo_orig_callable", held) is callee
+        return callee is not None and internals.without_disable(held) is callee
 
 
 # Sites whose code Dynamo is still generating, by the name that it will call.

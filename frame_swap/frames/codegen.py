@@ -45,9 +45,7 @@ def call_constants(code: CodeType, callees: Mapping[str, object]) -> CodeType:
         return [constant, null] if sys.version_info >= (3, 13) else [null, constant]
 
     instructions = Bytecode.from_code(code)
-    for at in _find(
-        instructions, lambda i: i.name == "LOAD_GLOBAL" and isinstance(i.arg, tuple) and i.arg[1] in callees
-    ):
+    for at in _find(instructions, lambda i: i.name == "LOAD_GLOBAL" and _name(i) in callees):
         instructions[at : at + 1] = load(cast(Instr, instructions[at]))
     for at in _find(instructions, lambda i: i.name in ("LOAD_ATTR", "LOAD_METHOD") and _name(i) in _RECORDS):
         _answer_with_none(instructions, at)
