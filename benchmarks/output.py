@@ -20,6 +20,7 @@ COLOURS = {
     "frame_swap": "#c8102e",
     "opt_in": "#e8743b",
     "static": "#f0b27a",
+    "function": "#a3c4a3",
     "call": "#5a8f5a",
 }
 

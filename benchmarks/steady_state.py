@@ -11,7 +11,8 @@ Arms: eager; stock `torch.compile` ("inductor"); after their swap frame_swap thr
 `frame_swap.opt_in`, and for BERT through `opt_in(static_module=True)` where that exists; and, but for whole steps,
 Inductor's `call` alone: the generated functions for forward and backward, called by hand with the inputs that stock
 gave them. That is the least that any wrapper around the same code can reach; it checks no guards and reads no
-parameters. "Over call" is what an arm takes longer than that.
+parameters. "Over call" is what an arm takes longer than that. Where gradients are on, "function" is the least that
+autograd can differentiate: an `autograd.Function` written by hand around the same two.
 
 All in one process, on one thread, so that the arms differ in overhead alone. In each round the arms take turns, in
 random order; a figure is the median over the rounds, a ratio the median of the rounds' own ratios. Instructions
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import gc
 import inspect
@@ -51,7 +53,7 @@ from . import instructions, models, output
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ARMS = ("eager", "inductor", "frame_swap", "opt_in", "static", "call")
+ARMS = ("eager", "inductor", "frame_swap", "opt_in", "static", "function", "call")
 """All that there are; each case has some of them."""
 
 Call = Callable[..., Tensor]
@@ -75,7 +77,7 @@ class Case(NamedTuple):
     Attributes:
         make: builds the program, the same each time.
         trains: whether it runs with gradients on.
-        bare: whether there is an arm "call".
+        bare: whether there are the arms "call" and "function".
         module: whether its target is a module.
     """
 
@@ -87,7 +89,11 @@ class Case(NamedTuple):
     @property
     def arms(self) -> tuple[str, ...]:
         static = "static_module" in inspect.signature(frame_swap.opt_in).parameters
-        left_out = {"static": not (static and self.bare and self.module), "call": not self.bare}
+        left_out = {
+            "static": not (static and self.bare and self.module),
+            "function": not (self.bare and self.trains),
+            "call": not self.bare,
+        }
         return tuple(arm for arm in ARMS if not left_out.get(arm))
 
 
@@ -163,8 +169,7 @@ class Calls:
 
         def run_noted(graph: CompiledFxGraph, inputs: list[Any]) -> Any:
             if graph.current_callable is not None:
-                bare = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
-                self.seen.append((graph.current_callable, bare))
+                self.seen.append((graph.current_callable, list(inputs)))
             return run_graph(graph, inputs)
 
         with mock.patch.object(CompiledFxGraph, "__call__", run_noted):
@@ -176,6 +181,7 @@ class Calls:
             [(call, inputs)] = self.seen
             return lambda: call(list(inputs))
         (forward, inputs), (backward, backward_inputs) = self.seen
+        inputs = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
         if len(forward(list(inputs))) != len(backward_inputs):  # what is saved, and the output or its tangent
             raise RuntimeError("give a case whose graph has one output: more are not told apart here")
 
@@ -184,6 +190,25 @@ class Calls:
             return backward([*saved, tangent])
 
         return run_both
+
+    def function(self) -> Call:
+        """The graph, as autograd differentiates it with the least around it; of the inputs of its first run."""
+        (forward, inputs), (backward, _) = self.seen
+
+        class Graph(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output, *saved = forward(list(args))
+                ctx.save_for_backward(*saved)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, tangent: Tensor) -> Any:  # type: ignore[override]
+                saved = ctx.saved_tensors
+                ctx.maybe_clear_saved_tensors()
+                return tuple(backward([*saved, tangent]))
+
+        return lambda *_: Graph.apply(*inputs)
 
 
 def compiled(arm: str, target: Call) -> Call:
@@ -202,15 +227,16 @@ def arms(case: Case) -> Runs:
     """What each arm runs once, compiled and swapped in, and giving the same values."""
     calls = Calls()
     before = set(frame_swap.report().regions)
+    programs = {arm: case.make() for arm in case.arms if arm not in ("function", "call")}
     runs: Runs = {}
-    for arm in case.arms:
-        program = case.make()
-        if arm == "call":
-            runs[arm] = calls.run(program.tangent)
-            continue
+    for arm, program in programs.items():
         runs[arm] = functools.partial(program.run, compiled(arm, program.target))
         with calls.recorded() if arm == "inductor" else contextlib.nullcontext():
             runs[arm]()
+    if "function" in case.arms:
+        runs["function"] = functools.partial(programs["inductor"].run, calls.function())
+    if "call" in case.arms:
+        runs["call"] = calls.run(programs["inductor"].tangent)
     frame_swap.wait()
     results = {arm: tensors(run()) for arm, run in runs.items() if arm != "call"}
     regions = [region for region in frame_swap.report().regions if region not in before]
@@ -243,6 +269,18 @@ def microseconds(run: Callable[[], object], number: int, finish: Callable[[], No
         return (time.perf_counter_ns() - start) / 1e3 / number
     finally:
         gc.enable()
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed: else chance decides which arm's tensors lie in pages that the kernel
+    has yet to clear, and that costs as much as all wrappers of a BERT."""
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_THRESHOLD, 2**25)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def measure(case: Case, rounds: int, milliseconds: float, device: str) -> Rounds:
@@ -419,6 +457,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=output.RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     random.seed(0)
 
     chosen = {name: every[name] for name in args.case or every}

@@ -32,7 +32,8 @@ class Condition(NamedTuple):
 def call_constants(code: CodeType, callees: Mapping[str, object]) -> CodeType:
     """`code` with each `LOAD_GLOBAL name` of a name in `callees` replaced by its callee, as a constant.
 
-    What Dynamo's code records for the profiler before it calls a graph is left out.
+    What Dynamo's code records for the profiler before it calls a graph is left out; and so is what it makes between
+    the last call and its return, and does not return.
     """
 
     def load(instruction: Instr) -> list[Instr]:
@@ -49,6 +50,8 @@ def call_constants(code: CodeType, callees: Mapping[str, object]) -> CodeType:
         instructions[at : at + 1] = load(cast(Instr, instructions[at]))
     for at in _find(instructions, lambda i: i.name in ("LOAD_ATTR", "LOAD_METHOD") and _name(i) in _RECORDS):
         _answer_with_none(instructions, at)
+    _drop_unread_constants(instructions)
+    _return_at_once(instructions)
     return instructions.to_code()
 
 
@@ -67,6 +70,84 @@ def _answer_with_none(instructions: Bytecode, at: int) -> None:
         none = Instr("LOAD_CONST", None)
         stored = (i for i in call if i.name == "STORE_FAST")
         instructions[at - 1 : end] = [*(i for store in stored for i in (none, store)), none]
+
+
+def _drop_unread_constants(instructions: Bytecode) -> None:
+    """Leave out constants that are popped at once, or stored in variables of Dynamo's that nothing reads."""
+    others = [
+        i
+        for i in instructions
+        if isinstance(i, Instr) and i.name not in ("LOAD_CONST", "STORE_FAST", "DELETE_FAST")
+    ]
+    named = [name for i in others for name in (i.arg if isinstance(i.arg, tuple) else (i.arg,))]
+    named += instructions.argnames
+    dropped = []
+    for at in _find(instructions, lambda i: i.name == "POP_TOP" or (i.name == "STORE_FAST" and i.arg not in named)):
+        if getattr(instructions[at - 1], "name", "") == "LOAD_CONST":
+            dropped.append(cast(Instr, instructions[at]).arg)
+            del instructions[at - 1 : at + 1]
+    stored = [i.arg for i in instructions if isinstance(i, Instr) and i.name == "STORE_FAST"]
+    for at in _find(instructions, lambda i: i.name == "DELETE_FAST" and i.arg in dropped and i.arg not in stored):
+        del instructions[at]
+
+
+class _Value(NamedTuple):
+    """What an instruction pushes, made of other values."""
+
+    instruction: Instr
+    parts: tuple[_Value, ...]
+
+    def code(self) -> list[Instr]:
+        """What pushes it."""
+        return [*(i for part in self.parts for i in part.code()), self.instruction]
+
+
+_MAKES = {"LOAD_CONST": 0, "LOAD_FAST": 0, "BINARY_SUBSCR": 2, "BUILD_LIST": None, "BUILD_TUPLE": None}
+"""Instructions that push one value, and of how many it is made; None: as many as the argument says."""
+_MOVES = ("COPY", "SWAP", "POP_TOP", "LIST_EXTEND", "DELETE_FAST", "RETURN_VALUE")
+
+
+def _return_at_once(instructions: Bytecode) -> None:
+    """Make what is returned and nothing else, in the instructions at the end that only make values.
+
+    Where those need what was on the stack before, or use a value twice, they stay as they are.
+    """
+    start = len(instructions)
+    while start and getattr(instructions[start - 1], "name", "") in {*_MAKES, *_MOVES}:
+        start -= 1
+    ending = cast("list[Instr]", instructions[start:])
+    stack: list[_Value] = []
+    changed: list[Instr] = []
+    try:
+        for instruction in ending:
+            depth = instruction.arg if isinstance(instruction.arg, int) else 0
+            match instruction.name:
+                case "COPY":
+                    stack.append(stack[-depth])
+                case "SWAP":
+                    stack[-1], stack[-depth] = stack[-depth], stack[-1]
+                case "POP_TOP":
+                    stack.pop()
+                case "LIST_EXTEND":
+                    stack.pop()
+                    changed.append(stack[-depth].instruction)
+                case name if name in _MAKES:
+                    first = len(stack) - (depth if (made_of := _MAKES[name]) is None else made_of)
+                    if first < 0:
+                        return
+                    stack[first:] = [_Value(instruction, tuple(stack[first:]))]
+        (result,) = stack
+    except (IndexError, ValueError):
+        return
+    code = result.code()
+    looked_up = [id(i) for i in ending if i.name == "BINARY_SUBSCR"]  # may be any object's __getitem__
+    made = [id(i) for i in code if not i.name.startswith("LOAD_")]
+    if (
+        len({*made}) == len(made)
+        and looked_up == [i for i in made if i in looked_up]
+        and not any(i is c for i in code for c in changed)
+    ):
+        instructions[start:-1] = code
 
 
 def call_instead(
