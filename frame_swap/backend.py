@@ -6,7 +6,8 @@
 4 hook      the frame's new code calls a trampoline of ours
 5 compile   the worker runs all of Inductor and sends back one artifact
 6 load      the loader thread makes the artifact callable, without AOTAutograd's wrappers
-7 install   the next call rewrites the frame's cache entry; the trampoline drops out of the path
+7 install   the next call rewrites the frame's cache entry; the trampoline drops out of the path, and is asked
+            again only where compiled code raises
 """
 
 from __future__ import annotations
@@ -183,24 +184,23 @@ def _late_condition(
 
 def _prepare_install(site: CallSite | None, compiled: Compiled, condition: codegen.Condition | None) -> Install:
     """Do off the user's thread what can be done there; the rest is for `install`, on the user's."""
-    callee = compiled.call
     if site is None:
-        return lambda: (callee, condition, "called outside of a Dynamo frame: a check remains on each call")
+        return lambda: (compiled, condition, "called outside of a Dynamo frame: a check remains on each call")
     try:
-        code = site.rewritten(callee, condition, compiled.boxed)
+        code = site.rewritten(compiled.call, condition, compiled.boxed, answered=compiled.repeatable)
     except codegen.Indirect as error:
         remark = f"{error}: a check remains on each call"
-        return lambda: (callee, condition, remark)
+        return lambda: (compiled, condition, remark)
 
     # 7. Install
-    def install() -> tuple[Callable[..., Any], codegen.Condition | None, str]:
+    def install() -> tuple[Compiled, codegen.Condition | None, str]:
         try:
             site.redirect(code)
         except UnknownLayout as error:
-            return callee, condition, f"cache entries look unfamiliar ({error}): a check remains on each call"
-        if condition is None:
-            site.rebind(callee)
-        return callee, condition, ""
+            return compiled, condition, f"cache entries look unfamiliar ({error}): a check remains on each call"
+        if condition is None and not compiled.repeatable:
+            site.rebind(compiled.call)  # nothing needs the pair any more
+        return compiled, condition, ""
 
     return install
 

@@ -4,16 +4,23 @@ Guarantees:
 - A call through a trampoline is served: by the pair until compiled code is installed, by compiled code that
   fits it then, and by the pair again where none fits. It never waits, and raises only what the graph itself
   raises.
-- A region is settled once: its state changes away from PENDING once, and from READY at most once more.
+- A call whose compiled code raises is answered by the pair, whichever way compiled code was called, unless it has
+  changed something by then. Then the frame is the pair's for good, with one warning; calls that were under way in
+  compiled code on other threads end there, or are answered too. Where the pair raises as well, its error is the
+  caller's, and nothing else happens. What is no `Exception`, and `torch.OutOfMemoryError`, passes as it is.
+- A region is settled once: its state changes away from PENDING once, and from READY at most once more; from
+  INSTALLED to REJECTED where compiled code raises.
 - Compiled code is installed once, by the first thread to arrive; others go on with the pair meanwhile. More of
   it, for calls that the first does not fit, is asked for one at a time.
-- When the code object that calls a trampoline goes, the trampoline goes, and with it pair, compiled code and
-  the job; a region that was not settled then is STALE. The region itself stays for the report.
+- Rewritten code names a trampoline only where an error is to be answered. When the code object that names it
+  goes, the trampoline goes, and with it pair, compiled code and the job; a region that was not settled then is
+  STALE. The region itself stays for the report.
 """
 
 from __future__ import annotations
 
 import enum
+import logging
 import os
 import threading
 import time
@@ -22,12 +29,19 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from . import settings
+from .compiling.direct import Compiled, had_effects
+from .compiling.refusal import first_line
 from .frames import FrameGone
+from .frames.cache_entry import UnknownLayout
 from .frames.call_site import CallSite
-from .frames.codegen import Condition, predicate
+from .frames.codegen import Condition, Indirect, predicate
+
+log = logging.getLogger(__name__)
 
 
 class State(enum.StrEnum):
@@ -37,7 +51,7 @@ class State(enum.StrEnum):
     READY = "ready"  # on the pair; compiled code is loaded and waits to be installed
     INSTALLED = "installed"  # on compiled code
     FAILED = "failed"  # on the pair, for good: the compile or the load failed
-    REJECTED = "rejected"  # on the pair, for good: the compiled code does not fit
+    REJECTED = "rejected"  # on the pair, for good: the compiled code does not fit, or has failed
     STALE = "stale"  # the frame was gone before compiled code came
     FOREGROUND = "foreground"  # could not be shipped: stock Inductor, compiled in the caller
     EAGER = "eager"  # on the pair, for good: when="never"
@@ -103,7 +117,7 @@ class Region:
 
     @property
     def trampoline(self) -> Trampoline | None:
-        """What the frame calls, while it does."""
+        """What the frame calls, or names for where compiled code raises."""
         return self._trampoline() if self._trampoline is not None else None
 
     def settle(self, state: State, reason: str = "", *, unless: tuple[State, ...] = ()) -> bool:
@@ -135,12 +149,24 @@ class Region:
             self.end_specialising(f"it stays on the pair{calls}: {reason}")
         elif not self.settle(state, reason, unless=_SETTLED):
             return
+        self._warn(f"stays on its eager pair{calls}: {reason}")
+
+    def reject(self, reason: str) -> None:
+        """What was installed, or was about to be, is out of use: the pair is back, one warning says so."""
+        with _changed:
+            if self.state in (State.REJECTED, State.STALE):
+                return
+            self.state, self.reason, self.artifacts = State.REJECTED, reason, 0
+            self.end_specialising()
+        self.cancel()
+        self._warn(f"is back on its eager pair: {reason}")
+
+    def _warn(self, what: str) -> None:
         with suppress(Warning):  # a filter may turn it into an error, which must not reach anything
             warnings.warn(
-                f"frame-swap: {self.frame} stays on its eager pair{calls}: {reason} "
-                "(frame_swap.report() has all of it)",
+                f"frame-swap: {self.frame} {what} (frame_swap.report() has all of it)",
                 FrameSwapWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def abandon(self, reason: str = "the frame left Dynamo's cache") -> None:
@@ -165,8 +191,16 @@ class Region:
             setattr(self, column, time.perf_counter() - start)
 
 
-Install = Callable[[], tuple[Callable[..., Any], Condition | None, str]]
+Install = Callable[[], tuple[Compiled, Condition | None, str]]
 """Puts compiled code in place; returns it, what must hold for calling it, and a remark for the report or ""."""
+
+
+class _Served(NamedTuple):
+    """Compiled code in place, and the calls that it fits."""
+
+    compiled: Compiled
+    fits: Callable[..., bool] | None  # None: all
+
 
 _SETTLED = tuple(state for state in State if state not in (State.PENDING, State.READY))
 
@@ -202,8 +236,8 @@ def wait_until_settled(timeout: float | None = None) -> bool:
 
 
 class Trampoline:
-    """What a frame calls until compiled code is in; and after that, where no artifact fits the call or the frame
-    cannot be rewritten.
+    """What a frame calls until compiled code is in; and after that, where no artifact fits the call, where
+    compiled code raises, or where the frame cannot be rewritten.
 
     Args:
         region: whose calls these are.
@@ -220,8 +254,8 @@ class Trampoline:
         self.pair: Callable[..., Any] = pair
         self.site: CallSite | None = None
         self.specialiser: Specialiser | None = None
-        self._compiled: Callable[..., Any] | None = None  # fits every call
-        self._artifacts: tuple[tuple[Callable[..., bool], Callable[..., Any]], ...] = ()  # fit some
+        self._served: tuple[_Served, ...] = ()
+        self._rejected = False
         self._ready: Install | None = None
         self._when = when
         self._attention = False
@@ -232,19 +266,66 @@ class Trampoline:
     def __call__(self, *args: Any) -> Any:
         if self._attention:
             self.install()
-        compiled = self.compiled_for(args)
-        if compiled is not None:
-            return compiled(*args)
+        served = None if self._rejected else self._served_for(args)
+        if served is None:
+            return self._call_pair(args)
+        try:
+            return served.call(*args)
+        except Exception as error:
+            failure = error
+        return self.answer(failure, *args)
+
+    def boxed(self, args: list[Any]) -> Any:
+        """The same, with the arguments in one list."""
+        return self(*args)
+
+    def answer(self, error: Exception, /, *args: Any) -> Any:
+        """What a call with `args` returns in which `error` was raised: by compiled code, or by the pair.
+
+        Random numbers that compiled code has drawn by then stay drawn.
+
+        Raises:
+            error: where the pair is not to be asked.
+        """
+        served = self._served_for(args)
+        if (
+            served is None
+            or not served.repeatable
+            or had_effects(error)
+            or isinstance(error, torch.OutOfMemoryError)  # the pair needs more, and who catches it tries with less
+        ):
+            raise error
+        log.info("frame-swap: compiled code of %s raised", self._region, exc_info=error)
+        reason = f"its compiled code raised {first_line(error)}"
+        error.__traceback__ = None  # it holds what the call had in memory
+        outputs = self._call_pair(args)
+        self.reject(reason)
+        return outputs
+
+    def _call_pair(self, args: Sequence[Any]) -> Any:
         self._region.pair_calls += 1
-        if self.specialiser is not None:
-            self.specialiser.ask(args)
+        if (specialiser := self.specialiser) is not None:
+            specialiser.ask(args)
         return self.pair(*args)
 
     def compiled_for(self, args: Sequence[Any]) -> Callable[..., Any] | None:
         """Compiled code that is in place and fits a call with the graph's inputs `args`."""
-        if self._compiled is not None:
-            return self._compiled
-        return next((compiled for fits, compiled in self._artifacts if fits(*args)), None)
+        served = None if self._rejected else self._served_for(args)
+        return served and served.call
+
+    def _served_for(self, args: Sequence[Any]) -> Compiled | None:
+        return next((s.compiled for s in self._served if s.fits is None or s.fits(*args)), None)
+
+    def reject(self, reason: str) -> None:
+        """Go back to the pair for good. Calls under way in compiled code may still be answered here."""
+        with self._installing:
+            if self._rejected:
+                return
+            self._rejected, self._ready, self._attention, self.specialiser = True, None, False, None
+            if self.site is not None:
+                with suppress(FrameGone, Indirect, UnknownLayout):  # nobody calls it, or nothing was rewritten
+                    self.site.restore()
+        self._region.reject(reason)
 
     @property
     def offered(self) -> bool:
@@ -253,6 +334,10 @@ class Trampoline:
 
     def offer(self, install: Install) -> None:
         """Compiled code is loaded: `install` puts it in place, on a user's thread."""
+        if self._rejected:
+            self.specialiser = None
+            self._region.end_specialising()
+            return
         self._ready = install
         self._attention = self._when != "manual"
         self._region.settle(State.READY, unless=_SETTLED)
@@ -266,8 +351,8 @@ class Trampoline:
             install, self._ready, self._attention = self._ready, None, False
             if install is not None:
                 with self._region.timed("install_s"):
-                    callee, condition, remark = install()
-                self._serve(callee, condition)
+                    compiled, condition, remark = install()
+                self._serve(compiled, condition)
                 self._region.installed_at = time.time()
                 self._region.artifacts += 1
                 self._region.settle(State.INSTALLED, remark)
@@ -283,15 +368,15 @@ class Trampoline:
         if self._when != "manual":
             self.install()
 
-    def _serve(self, callee: Callable[..., Any], condition: Condition | None) -> None:
+    def _serve(self, compiled: Compiled, condition: Condition | None) -> None:
         """Compiled code is in place; calls that still arrive here get to it in this way."""
+        self._served += (_Served(compiled, condition and predicate(condition)),)
         if condition is None:
-            self._compiled = self.pair = callee  # whatever still holds this trampoline need not hold the pair
             self.specialiser = None
-        else:
-            self._artifacts += ((predicate(condition), callee),)
-            if self.specialiser is not None:
-                self.specialiser.resume()
+            if not any(served.compiled.repeatable for served in self._served):
+                self.pair = compiled.call  # whatever still holds this trampoline need not hold the pair
+        elif self.specialiser is not None:
+            self.specialiser.resume()
 
 
 class Specialiser:

@@ -115,7 +115,8 @@ def test_inference_is_called_from_the_frames_own_code() -> None:
         frame_swap.wait()
         frame_swap.swap()
         (entry,) = internals.cache_entries(function.__code__)
-        (callee,) = (constant for constant in entry.code.co_consts if callable(constant))
+        (callee, *for_errors) = (constant for constant in entry.code.co_consts if callable(constant))
+        assert for_errors == [Exception, frame_swap.report().regions[0].trampoline.answer]
         assert callee.__qualname__ == "Runner.call", "the function that Inductor has generated"
         assert not [name for name in entry.code.co_names if name.startswith("record_pregraph")]
         torch.testing.assert_close(compiled(torch.ones(4)), torch.ones(4).sin() + 1)

@@ -34,11 +34,26 @@ class Compiled(NamedTuple):
         call: takes the graph's inputs, returns the sequence of its outputs.
         boxed: Inductor's own function, where nothing at all need be done around it; else None.
         wrappers: what of AOTAutograd's is still called with it.
+        repeatable: whether a call that has raised has changed no input and had no other effect, unless
+            `had_effects` says otherwise of what it raised.
     """
 
     call: Callable[..., Any]
     boxed: Boxed | None
     wrappers: tuple[str, ...]
+    repeatable: bool
+
+
+def had_effects(error: BaseException) -> bool:
+    """Whether `error` came up in a call after inputs were changed in place."""
+    return hasattr(error, _HAD_EFFECTS)
+
+
+_HAD_EFFECTS = "frame_swap_had_effects"
+
+
+def _mark_effects(error: BaseException) -> None:
+    setattr(error, _HAD_EFFECTS, True)
 
 
 class Replacement:
@@ -85,7 +100,8 @@ class Replacement:
         active = [type(w).__name__ for w in self._entry.dispatch_wrappers if getattr(w, "needs_post_compile", True)]
         names = {"AOTDedupeWrapper": "inputs passed twice", "AOTSyntheticBaseWrapper": "overlapping inputs"}
         around = (names.get(name, name) for name in active)
-        return Compiled(_unboxed(outermost), None, (*around, *made.wrappers))
+        repeatable = made.repeatable and "AOTSyntheticBaseWrapper" not in active  # it lays inputs out anew
+        return Compiled(_unboxed(outermost), None, (*around, *made.wrappers), repeatable)
 
 
 @contextlib.contextmanager
@@ -125,11 +141,16 @@ class _Graph:
     def compiled(self, grad: bool | None) -> Compiled:
         if self._trains:
             apply, wrappers = self._autograd_function()
-            return Compiled(self._surrounded("call(*args)", apply, grad), None, wrappers)
+            return Compiled(self._surrounded("call(*args)", apply, grad), None, wrappers, self._repeatable())
         boxed = inductors(self._compiled)
         if grad is False and not self._needs_more() and not self._no_autocast:
-            return Compiled(_unboxed(boxed), boxed, self._beneath())
-        return Compiled(self._surrounded("call(list(args))", boxed, grad), None, self._beneath())
+            return Compiled(_unboxed(boxed), boxed, self._beneath(), self._repeatable())
+        call = self._surrounded("call(list(args))", boxed, grad)
+        return Compiled(call, None, self._beneath(), self._repeatable())
+
+    def _repeatable(self) -> bool:
+        """Whether compiled code itself changes no input and has no effects; what is written around it may."""
+        return not self._metadata.mutated_graph_handled_indices and not self._metadata.tokens
 
     def _needs_more(self) -> bool:
         """Whether the graph's inputs or outputs need any work besides the call."""
@@ -200,6 +221,16 @@ class _Graph:
     def _write_inputs(self, text: Source) -> None:
         """Inputs that the program changes in place and compiled code does not: it returns the new ones first."""
         changed = self._metadata.mutated_inp_runtime_indices
+        if not changed:
+            return
+        with text.block("try:"):
+            self._write_each(text, changed)
+        with text.block("except Exception as error:", mark_effects=_mark_effects):
+            text("mark_effects(error)")
+            text("raise")
+        text(f"outs = outs[{len(changed)}:]")
+
+    def _write_each(self, text: Source, changed: Sequence[int]) -> None:
         for at, which in enumerate(changed):
             info, old = self._metadata.input_info[which], f"input{which}"
             hidden = self._trains and _only_layout_changes(info)
@@ -214,8 +245,6 @@ class _Graph:
                 text(f"({old}.detach() if {old}.requires_grad else {old}).copy_(new)")
             elif info.mutates_data:
                 text(f"{old}.copy_(new)")
-        if changed:
-            text(f"outs = outs[{len(changed)}:]")
 
     def _finish_outputs(self, text: Source) -> None:
         metadata = self._metadata

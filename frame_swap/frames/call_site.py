@@ -8,6 +8,7 @@ Guarantees:
 - `redirect` and `bind` may run on different threads; a redirect of a site that is not bound, or whose code is
   gone, raises `FrameGone` and changes nothing.
 - Frames already running the old code object finish in it.
+- `restore` leaves nothing behind that calls what `redirect` has put in place.
 """
 
 from __future__ import annotations
@@ -15,12 +16,24 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from types import CodeType
-from typing import Any
+from types import CodeType, MethodType
+from typing import Any, Protocol
 
 from .. import internals
 from . import FrameGone, cache_entry, codegen, dispatch
 from .codegen import Condition, Indirect
+
+
+class Callee(Protocol):
+    """What a frame calls while compiled code is not in, or does not fit."""
+
+    def __call__(self, *args: Any) -> Any: ...
+
+    def boxed(self, args: list[Any]) -> Any:
+        """The same, with the arguments in one list."""
+
+    def answer(self, error: Exception, /, *args: Any) -> Any:
+        """What the frame's call returns where compiled code, called with `args`, has raised `error`."""
 
 
 class CallSite:
@@ -29,20 +42,23 @@ class CallSite:
     Args:
         name: the global that Dynamo's code calls, `__compiled_fn_*`.
         scope: the frame's globals.
-        callee: what to call there for now, an object whose class has `__call__`, which Dynamo is told not to
-            trace. Held weakly: the code object keeps it alive.
+        callee: what to call there for now, a `Callee`, which Dynamo is told not to trace. Held weakly: the code
+            object keeps it alive.
         whole: whether the frame does nothing else that Dynamo would capture.
     """
 
-    def __init__(self, name: str, scope: dict[str, Any], callee: Any, whole: bool = False) -> None:
+    def __init__(self, name: str, scope: dict[str, Any], callee: Callee, whole: bool = False) -> None:
         self._name = name
         self._scope = scope
         self._callee = weakref.ref(callee)
         self._whole = whole
+        self._in_place: list[Callable[..., Any]] = []  # what rewritten code calls
+        self._in_place_boxed: list[Callable[..., Any]] = []  # with one list
         self._original: weakref.ref[CodeType] | None = None
         self._generated: weakref.ref[CodeType] | None = None
         _expected[name] = self
-        internals.skip_frames(type(callee).__call__.__code__)
+        for method in (type(callee).__call__, type(callee).boxed, type(callee).answer, _raise):
+            internals.skip_frames(method.__code__)
         _install_hook()
 
     def rewritten(
@@ -50,6 +66,8 @@ class CallSite:
         callee: Any,
         condition: Condition | None = None,
         boxed: Callable[[list[Any]], Any] | None = None,
+        *,
+        answered: bool = False,
     ) -> CodeType:
         """The frame's code, calling `callee` instead, or only where `condition` holds.
 
@@ -57,14 +75,23 @@ class CallSite:
 
         Args:
             boxed: `callee` for a call with all arguments in one list, where that is cheaper.
+            answered: whether what was called until now answers where `callee` raises.
 
         Raises:
             FrameGone, Indirect.
         """
         _, generated = self._codes()
+        usual = self._callee()
+        if usual is None:
+            raise FrameGone
+        there_already = any(_is_method(constant, usual.answer) for constant in generated.co_consts)
+        answer = usual.answer if answered and not there_already else None
+        self._in_place.append(callee)
+        if boxed is not None:
+            self._in_place_boxed.append(boxed)
         if condition is None:
-            return codegen.call_instead(generated, self._callee(), callee, boxed)
-        return codegen.call_if(generated, condition, self._callee(), callee)
+            return codegen.call_instead(generated, usual, callee, boxed, answer)
+        return codegen.call_if(generated, condition, usual, callee, answer)
 
     def redirect(self, code: CodeType) -> None:
         """Put `code`, from `rewritten`, in place of what is there.
@@ -80,6 +107,27 @@ class CallSite:
         if self._whole:
             dispatch.installed(original, entry, code)
         self._generated = weakref.ref(code)
+
+    def restore(self) -> None:
+        """Have the frame call what it called at first, for good.
+
+        Raises:
+            FrameGone, UnknownLayout: nothing has changed.
+        """
+        _, generated = self._codes()
+        usual = self._callee()
+        if usual is None:
+            raise FrameGone
+
+        def usual_for(constant: object) -> object:
+            if _is_method(constant, usual.answer):
+                return _raise
+            if any(constant is boxed for boxed in self._in_place_boxed):
+                return usual.boxed
+            return usual if any(constant is callee for callee in self._in_place) else constant
+
+        self.redirect(generated.replace(co_consts=tuple(map(usual_for, generated.co_consts))))
+        self._in_place, self._in_place_boxed = [], []
 
     def rebind(self, callee: Any) -> None:
         """Point the global at `callee`: frees what it held, and serves code that calls it by name."""
@@ -102,6 +150,15 @@ class CallSite:
         held = self._scope.get(self._name)
         callee = self._callee()
         return callee is not None and internals.without_disable(held) is callee
+
+
+def _is_method(constant: object, method: Callable[..., Any]) -> bool:
+    return isinstance(constant, MethodType) and constant == method  # others, such as tensors, compare in own ways
+
+
+def _raise(error: Exception, /, *args: Any) -> Any:
+    """In place of an answer, where what answered is what raises."""
+    raise error
 
 
 # Sites whose code Dynamo is still generating, by the name that it will call.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import builtins
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any, NamedTuple, cast
 
 from bytecode import Bytecode, Instr, Label
+from bytecode.instr import TryBegin, TryEnd
 
 from .. import generated
+
+Answer = Callable[..., Any]
+"""Given the exception that a call raised and that call's arguments, returns what the call is to return."""
 
 
 class Indirect(Exception):
@@ -151,12 +156,24 @@ def _return_at_once(instructions: Bytecode) -> None:
 
 
 def call_instead(
-    code: CodeType, old: object, new: object, boxed: Callable[[list[Any]], Any] | None = None
+    code: CodeType,
+    old: object,
+    new: object,
+    boxed: Callable[[list[Any]], Any] | None = None,
+    answer: Answer | None = None,
 ) -> CodeType:
-    """`code` with `new` called in place of the constant `old`; or `boxed`, with the arguments in one list."""
+    """`code` with `new` called in place of the constant `old`; or `boxed`, with the arguments in one list.
+
+    Where that raises an `Exception`, `answer` is called.
+
+    Raises:
+        Indirect: what `answer` needs cannot be told from the code.
+    """
     instructions = Bytecode.from_code(code)
     for at in _find(instructions, lambda i: i.name == "LOAD_CONST" and i.arg is old):
         callee = new
+        if answer is not None:
+            at += _answer_errors(instructions, at, answer)
         if boxed is not None:
             ready, arguments = _ready_for_call(instructions, at)
             if cast(Instr, instructions[ready]).name == _CALL:  # no condition stands in between
@@ -168,25 +185,126 @@ def call_instead(
     return instructions.to_code()
 
 
-def call_if(code: CodeType, condition: Condition, old: object, new: object) -> CodeType:
+def call_if(
+    code: CodeType, condition: Condition, old: object, new: object, answer: Answer | None = None
+) -> CodeType:
     """`code` with `new` called in place of the constant `old` where `condition` holds; decided inline, each time.
 
-    May be used again on its own result: of conditions that hold, the first one added decides.
+    Where what is called raises an `Exception`, be it `new` or `old`, `answer` is called. May be used again on its
+    own result: of conditions that hold, the first one added decides.
 
     Raises:
         Indirect: what is called with what cannot be told from the code.
     """
     instructions = Bytecode.from_code(code)
     for at in _find(instructions, lambda i: i.name == "LOAD_CONST" and i.arg is old):
+        if answer is not None:
+            at += _answer_errors(instructions, at, answer)
         ready, arguments = _ready_for_call(instructions, at)
         instructions[ready:ready] = _change_callee_if(condition, new, arguments)
     return instructions.to_code()
+
+
+def _answer_errors(instructions: Bytecode, at: int, answer: Answer) -> int:
+    """Have `answer` called where the call of what the instruction at `at` pushes raises an `Exception`.
+
+    Returns by how much that instruction has moved.
+
+    As long as it does not, this costs nothing: the call is in a try block, which is an entry in a table. Its
+    arguments are not kept either: the handler, at the end of the code, repeats the instructions that loaded them.
+    """
+    ready, arguments = _ready_for_call(instructions, at)
+    begin, end = at - (1 - _NULL_ABOVE), ready + 1 + (_CALL != "CALL")
+    null: Any = instructions[at + 1 if _NULL_ABOVE else begin]
+    loads: Any = instructions[at + 1 + _NULL_ABOVE : ready]
+    written_so = _named(null, "PUSH_NULL") and _named(instructions[ready], _CALL)
+    if not (written_so and _repeatable(loads)):
+        raise Indirect("what it passes to the graph cannot be loaded a second time")
+    handler, caught, answered = Label(), Label(), Label()
+    function = Instr("LOAD_CONST", answer)
+    # The exception is on the stack, above what was below the callee. It is not put into `sys.exc_info()`: what the
+    # answer raises has no context.
+    handling: list[Any] = [
+        handler,
+        Instr("LOAD_CONST", Exception),
+        Instr("CHECK_EXC_MATCH"),
+        Instr(f"{_JUMP_IF}_TRUE", caught),
+        Instr("RERAISE", 0),
+        caught,
+        *((null.copy(), function) if _NULL_ABOVE else (function, null.copy())),
+        Instr("SWAP", 3),  # and so callee, NULL and exception are in the order of a call
+        *(instruction.copy() for instruction in loads),
+        *(Instr(cast(Instr, i).name, arguments + 1) for i in instructions[ready:end]),
+    ]
+    back = Instr("JUMP_BACKWARD_NO_INTERRUPT", answered)
+    for instruction in (*handling, back):
+        if isinstance(instruction, Instr):
+            instruction.location = cast(Instr, instructions[ready]).location
+    # It begins at the callee, so that nothing of the call is left on the stack for the handler.
+    block = TryBegin(handler, push_lasti=False)
+    opening: list[Any] = [block]
+    closing: list[Any] = [TryEnd(block), answered]
+    # Try blocks do not nest here: the one around the call is interrupted for it, and goes for the handler too.
+    around = _block_around(instructions, begin)
+    if around is not None:
+        resumed, handlers_own = (TryBegin(around.target, around.push_lasti) for _ in range(2))
+        old_end = next(i for i in instructions[end:] if isinstance(i, TryEnd) and i.entry is around)
+        old_end.entry = resumed
+        opening.insert(0, TryEnd(around))
+        closing.append(resumed)
+        handling = [handlers_own, *handling, TryEnd(handlers_own)]
+    instructions[end:end] = closing
+    instructions[begin:begin] = opening
+    instructions += [*handling, back]
+    return len(opening)
+
+
+def _named(instruction: object, name: str) -> bool:
+    return isinstance(instruction, Instr) and instruction.name == name
+
+
+_REPEATABLE = re.compile(
+    r"LOAD_(CONST|FAST.*|DEREF|CLOSURE|CLASSDEREF|GLOBAL|NAME|ATTR|METHOD)|BINARY_(SUBSCR|SLICE)|BUILD_(SLICE|TUPLE|LIST)"
+    r"|PUSH_NULL|POP_TOP|COPY|SWAP|NOP|PRECALL|CALL|KW_NAMES|EXTENDED_ARG"
+)
+
+
+def _repeatable(loads: Iterable[Any]) -> bool:
+    """Whether instructions that read sources, as Dynamo calls them, do the same when they run once more.
+
+    Dynamo reads the sources of a graph's inputs again and again, for its guards, so that is harmless; calls among
+    them are conversions (`torch.as_tensor`) and getters (`Tensor.size`). Temporary variables must be set in them.
+    """
+    read: set[object] = set()
+    for instruction in loads:
+        if not isinstance(instruction, Instr):
+            return False
+        if instruction.name == "STORE_FAST":
+            if instruction.arg in read:
+                return False
+        elif not _REPEATABLE.fullmatch(instruction.name):
+            return False
+        elif instruction.name.startswith("LOAD_FAST"):
+            read.update(instruction.arg if isinstance(instruction.arg, tuple) else [instruction.arg])
+    return True
+
+
+def _block_around(instructions: Bytecode, at: int) -> TryBegin | None:
+    """The try block that the instruction at `at` is in."""
+    around = None
+    for instruction in instructions[:at]:
+        if isinstance(instruction, TryBegin):
+            around = instruction
+        elif isinstance(instruction, TryEnd):
+            around = None
+    return around
 
 
 # What stands at a call, above its callee: Python 3.13 turned the order of callable and NULL around. And 3.11 has
 # an instruction more, right before the call.
 _NULL_ABOVE = 1 if sys.version_info >= (3, 13) else 0
 _CALL = "PRECALL" if sys.version_info < (3, 12) else "CALL"
+_JUMP_IF = "POP_JUMP_FORWARD_IF" if sys.version_info < (3, 12) else "POP_JUMP_IF"
 _LOCALS = "frame_swap:"  # no identifier begins so: no local of the frame's has such a name
 
 
@@ -224,11 +342,10 @@ def _change_callee_if(condition: Condition, new: object, arguments: int) -> list
         for name, which in condition.inputs.items()
         for instruction in (Instr("COPY", arguments - which), Instr("STORE_FAST", names[name]))
     ]
-    jump = "POP_JUMP_FORWARD_IF_FALSE" if sys.version_info < (3, 12) else "POP_JUMP_IF_FALSE"
     return [
         *copies,
         *_expression(condition.source, names),
-        Instr(jump, unchanged),
+        Instr(f"{_JUMP_IF}_FALSE", unchanged),
         Instr("LOAD_CONST", new),
         Instr("SWAP", arguments + _NULL_ABOVE + 2),
         Instr("POP_TOP"),

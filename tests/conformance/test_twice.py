@@ -213,7 +213,7 @@ def test_a_mismatch_names_the_graph_and_does_not_stop_the_call(monkeypatch: pyte
             return (compiled.call(*inputs)[0] + 1,)
 
         frame_swap.internals.skip_frames(off_by_one.__code__)
-        return Compiled(off_by_one, None, ())
+        return compiled._replace(call=off_by_one, boxed=None)
 
     monkeypatch.setattr(artifact, "load", load_wrong)
 

@@ -1,0 +1,399 @@
+"""Compiled code that raises is answered by the pair, and the frame is the pair's from then on."""
+
+from __future__ import annotations
+
+import dis
+import gc
+import itertools
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+import faulty
+import pytest
+import torch
+from helpers import assert_same, observe, wait_for_all
+from torch import Tensor
+
+import frame_swap
+from frame_swap import FrameSwapWarning, Region, State
+from frame_swap.frames import cache_entry, codegen
+
+Function = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def honest() -> Iterator[None]:
+    """Operators lie and raise only where a test says so; a slate of warnings for each."""
+    yield
+    faulty.lying, faulty.raising = False, None
+
+
+def relays(x: Tensor) -> Tensor:
+    return faulty.relaid(x.sin()).cos().sum(-1)  # of a layout that does not depend on lies
+
+
+def breaks(x: Tensor) -> Tensor:
+    return faulty.fragile(x.sin()).cos() + 1
+
+
+def swapped(function: Function, *args: Any, wrap: Function | None = None) -> tuple[Function, Region]:
+    """`function` with compiled code in place, called once before, and its region."""
+    frame_swap.configure(when="manual")
+    compiled: Function = (wrap or compile_)(function)
+    compiled(*args)
+    wait_for_all()
+    frame_swap.swap()
+    (region,) = frame_swap.report().regions
+    assert region.state is State.INSTALLED
+    return compiled, region
+
+
+def compile_(function: Function) -> Function:
+    compiled: Function = torch.compile(function, backend="frame_swap")
+    return compiled
+
+
+def behind_a_wrapper(function: Function) -> Function:
+    def wrapping(gm: torch.fx.GraphModule, inputs: list[Any]) -> Function:
+        inner = frame_swap.frame_swap_backend(gm, inputs)
+        return lambda *args: inner(*args)
+
+    compiled: Function = torch.compile(function, backend=wrapping)
+    return compiled
+
+
+def check_answered(compiled: Function, function: Function, region: Region, make: Function) -> None:
+    """A call in which compiled code raises, and those after it."""
+    served, expected = region.pair_calls, observe(function, make())
+    assert_same(observe(compiled, make()), expected, "on compiled code")
+    assert region.pair_calls == served
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        faulty.lying = True
+        assert_same(observe(compiled, make()), expected, "answered")
+        assert region.pair_calls == served + 1
+        assert_same(observe(compiled, make()), expected, "after that")
+        assert region.pair_calls == served + 2
+        faulty.lying = False
+        assert_same(observe(compiled, make()), expected, "for good")
+        assert region.pair_calls == served + 3
+    (warning,) = (w for w in caught if issubclass(w.category, FrameSwapWarning))
+    assert region.reason in str(warning.message)
+    assert "back on its eager pair" in str(warning.message)
+    assert (region.state, region.artifacts) == (State.REJECTED, 0)
+    assert "its compiled code raised AssertionError: expected size" in region.reason
+    assert "1 rejected" in str(frame_swap.report())
+    assert frame_swap.report().regions == [region], "Dynamo compiled again"
+
+
+@pytest.mark.parametrize("wrap", [compile_, frame_swap.opt_in, behind_a_wrapper])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_the_pair_answers_and_serves_from_then_on(wrap: Function, grad: bool) -> None:
+    def make() -> tuple[Tensor]:
+        torch.manual_seed(1)
+        return (torch.rand(3, 4, requires_grad=grad),)
+
+    with torch.set_grad_enabled(grad):
+        compiled, region = swapped(relays, *make(), wrap=wrap)
+        check_answered(compiled, relays, region, make)
+
+
+def test_where_the_cache_entry_cannot_be_written_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unfamiliar(entry: Any) -> Any:
+        raise cache_entry.UnknownLayout("for the test")
+
+    monkeypatch.setattr(cache_entry, "_code_field", unfamiliar)
+    compiled, region = swapped(relays, torch.rand(3, 4))
+    assert "a check remains" in region.reason
+    check_answered(compiled, relays, region, lambda: (torch.ones(3, 4),))
+
+
+def test_where_a_late_guard_stands_before_the_call_too() -> None:
+    def pool(images: Tensor) -> Tensor:
+        pooled = torch.nn.functional.adaptive_max_pool2d(images, 4)
+        return faulty.relaid(pooled.reshape(-1, 4)).cos().sum(-1)
+
+    def make(size: int = 8) -> tuple[Tensor]:
+        return (torch.ones(1, 2, size, size),)
+
+    def compile_dynamic(function: Function) -> Function:
+        compiled: Function = torch.compile(function, backend="frame_swap", dynamic=True)
+        return compiled
+
+    compiled, region = swapped(pool, *make(), wrap=compile_dynamic)
+    assert region.late_guards
+    check_answered(compiled, pool, region, make)
+    calls = region.pair_calls
+    torch.testing.assert_close(compiled(*make(9)), pool(*make(9)))
+    assert region.pair_calls == calls + 1
+    assert not region.specialising, "it asked for more compiled code"
+
+
+def test_what_the_pair_raises_where_a_late_guard_sends_the_call_there_is_the_callers() -> None:
+    def pool(images: Tensor) -> Tensor:
+        return faulty.fragile(torch.nn.functional.adaptive_max_pool2d(images, 4))
+
+    def compile_dynamic(function: Function) -> Function:
+        compiled: Function = torch.compile(function, backend="frame_swap", dynamic=True)
+        return compiled
+
+    compiled, region = swapped(pool, torch.ones(1, 2, 8, 8), wrap=compile_dynamic)
+    frame_swap.configure(delay=3600)
+    faulty.raising = ValueError("for the test")
+    calls = region.pair_calls
+    with pytest.raises(ValueError, match="for the test"):
+        compiled(torch.ones(1, 2, 9, 9))
+    assert (region.state, region.pair_calls) == (State.INSTALLED, calls + 1)
+
+
+@pytest.mark.usefixtures("no_warnings")
+@pytest.mark.parametrize("wrap", [compile_, behind_a_wrapper])
+def test_where_the_pair_raises_too_its_error_is_the_callers_and_compiled_code_stays(wrap: Function) -> None:
+    compiled, region = swapped(breaks, torch.rand(3), wrap=wrap)
+    faulty.raising = ValueError("for the test")
+    calls = region.pair_calls
+    with pytest.raises(ValueError, match="for the test") as raised:
+        compiled(torch.rand(3))
+    assert raised.value.__context__ is None
+    assert region.pair_calls == calls + 1, "the pair was not asked"
+    faulty.raising = None
+    torch.testing.assert_close(compiled(torch.ones(3)), breaks(torch.ones(3)))
+    assert (region.state, region.pair_calls) == (State.INSTALLED, calls + 1)
+
+
+@pytest.mark.usefixtures("no_warnings")
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), SystemExit(3), torch.OutOfMemoryError("for the test")], ids=repr
+)
+@pytest.mark.parametrize("wrap", [compile_, behind_a_wrapper])
+def test_an_interrupt_passes_and_so_does_running_out_of_memory(error: BaseException, wrap: Function) -> None:
+    compiled, region = swapped(breaks, torch.rand(3), wrap=wrap)
+    faulty.raising, calls = error, region.pair_calls
+    with pytest.raises(type(error)) as raised:
+        compiled(torch.rand(3))
+    assert raised.value is error
+    assert (region.state, region.pair_calls) == (State.INSTALLED, calls)
+
+
+@pytest.mark.usefixtures("no_warnings")
+@pytest.mark.parametrize("wrap", [compile_, frame_swap.opt_in, behind_a_wrapper])
+def test_where_compiled_code_changes_inputs_the_error_is_the_callers(wrap: Function) -> None:
+    def count(x: Tensor, calls: Tensor) -> Tensor:
+        calls.add_(1)
+        return faulty.relaid(x.sin()).sum(-1) * calls
+
+    x, calls = torch.rand(3, 4), torch.zeros(())
+    compiled, region = swapped(count, x, calls, wrap=wrap)
+    assert calls == 1
+    if wrap is not behind_a_wrapper:
+        gc.collect()
+        assert region.trampoline is None, "the pair is kept, and there is nothing it could answer"
+    compiled(x, calls)
+    faulty.lying = True
+    served = region.pair_calls
+    with pytest.raises(AssertionError, match="expected size"):
+        compiled(x, calls)
+    assert calls <= 3
+    assert (region.state, region.pair_calls) == (State.INSTALLED, served)
+
+
+def test_where_inputs_are_changed_after_compiled_code_they_are_changed_once() -> None:
+    def scale(x: Tensor, y: Tensor) -> Tensor:
+        x.mul_(2)
+        return faulty.relaid(x * y).sum(-1)
+
+    def make() -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        return torch.rand(3, 4, requires_grad=True) * 1, torch.rand(3, 4)
+
+    compiled, region = swapped(scale, *make())
+    check_answered(compiled, scale, region, make)
+
+
+@pytest.mark.usefixtures("no_warnings")
+def test_an_error_after_inputs_were_changed_is_the_callers() -> None:
+    def scale(x: Tensor, y: Tensor) -> Tensor:
+        x.mul_(2)
+        y.add_(x)
+        return x + 1
+
+    def ones() -> Tensor:
+        return torch.ones(3, requires_grad=True) * 1
+
+    compiled, region = swapped(scale, ones(), torch.ones(3))
+    for function in (scale, compiled):
+        x, served = ones(), region.pair_calls
+        with torch.no_grad():
+            view = ones()[:]  # which may not be changed where gradients are on, and nothing guards on that
+        with pytest.raises(RuntimeError, match="created in no_grad mode"):
+            function(x, view)
+        assert (x == 2).all(), "it was changed twice"
+        assert (region.state, region.pair_calls) == (State.INSTALLED, served)
+
+
+def test_threads_that_raise_together_are_all_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(3, 4)
+    expected = relays(x)
+    compiled, region = swapped(relays, x)
+    inside, calls, results = threading.Barrier(2, timeout=60), itertools.count(), []
+
+    def meet() -> None:
+        if next(calls) < 2:  # both in compiled code; after that comes the pair
+            inside.wait()
+
+    monkeypatch.setattr(faulty, "before_relaid", meet)
+    faulty.lying = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        threads = [threading.Thread(target=lambda: results.append(compiled(x))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(results) == 2
+    for result in results:
+        torch.testing.assert_close(result, expected)
+    assert len([w for w in caught if issubclass(w.category, FrameSwapWarning)]) == 1
+    assert region.state is State.REJECTED
+
+
+@pytest.mark.parametrize("wrap", [compile_, frame_swap.opt_in])
+def test_when_the_frame_goes_so_does_the_pair(wrap: Function) -> None:
+    _, region = swapped(relays, torch.rand(3, 4), wrap=wrap)
+    pair = weakref.ref(region.trampoline.pair)
+    assert pair() is not None
+    torch._dynamo.reset()
+    gc.collect()
+    assert region.trampoline is None
+    assert pair() is None
+
+
+# The code itself
+
+
+def called(x: Any, y: Any) -> Any:
+    """Stands for what is called at first."""
+    return compiled_code(x, y)
+
+
+def compiled_code(x: Any, y: Any) -> Any:
+    if isinstance(x, BaseException):
+        raise x
+    return x, y
+
+
+def compiled_code_boxed(args: list[Any]) -> Any:
+    return compiled_code(*args)
+
+
+def answer(error: Exception, /, *args: Any) -> Any:
+    if isinstance(args[1], BaseException):
+        raise args[1]
+    return "answered", error, *args
+
+
+class Managed:
+    """A context manager that notes what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[type[BaseException] | None] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.seen.append(kind)
+
+
+def plainly(x: Any, y: Any, manager: Managed) -> Any:
+    return [y, call(x, y), x]  # noqa: F821
+
+
+def in_a_try_block(x: Any, y: Any, manager: Managed) -> Any:
+    try:
+        return [y, call(x, y), x]  # noqa: F821
+    except ZeroDivisionError as error:
+        return "outer", error, error.__context__
+    finally:
+        manager.seen.append(None)
+
+
+def in_a_with_block(x: Any, y: Any, manager: Managed) -> Any:
+    with manager:
+        return {0: y, 1: (y, call(x, y))}  # noqa: F821
+
+
+def twice(x: Any, y: Any, manager: Managed) -> Any:
+    return [y, call(y, x) if isinstance(x, int) else 0, call(x, y), x]  # noqa: F821
+
+
+@pytest.mark.parametrize("boxed", [None, compiled_code_boxed], ids=["arguments", "one list"])
+@pytest.mark.parametrize("frame", [plainly, in_a_try_block, in_a_with_block, twice], ids=lambda f: f.__name__)
+def test_rewritten_code_does_what_the_source_says(frame: FunctionType, boxed: Any) -> None:
+    code = codegen.call_constants(frame.__code__, {"call": called})
+    answered = FunctionType(codegen.call_instead(code, called, compiled_code, boxed, answer), globals())
+    source = FunctionType(frame.__code__, {**globals(), "call": answered_in_source})
+    errors = [ValueError(), ZeroDivisionError(), KeyboardInterrupt(), GeneratorExit()]
+    for x, y in itertools.product([1, *errors], [2, *errors]):
+        managers = Managed(), Managed()
+        outcomes = [outcome(f, x, y, m) for f, m in zip((source, answered), managers, strict=True)]
+        assert outcomes[0] == outcomes[1]
+        assert managers[0].seen == managers[1].seen
+
+
+def answered_in_source(x: Any, y: Any) -> Any:
+    try:
+        return compiled_code(x, y)
+    except Exception as error:
+        failure = error
+    return answer(failure, x, y)
+
+
+def outcome(function: Function, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except BaseException as error:
+        return error, error.__context__
+
+
+def test_nothing_more_runs_where_nothing_raises() -> None:
+    code = codegen.call_constants(in_a_with_block.__code__, {"call": called})
+    plain = codegen.call_instead(code, called, compiled_code, compiled_code_boxed)
+    answered = codegen.call_instead(code, called, compiled_code, compiled_code_boxed, answer)
+    assert executed(plain) == executed(answered)
+    assert executed(answered, ValueError()) != executed(answered)
+
+
+def executed(code: CodeType, x: Any = 1) -> list[tuple[str, Any]]:
+    """The names and arguments of the instructions of `code` that a call runs."""
+    ran = []
+    names = {i.offset: (i.opname, "" if i.opcode in dis.hasjrel else i.argrepr) for i in dis.get_instructions(code)}
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        if frame.f_code is code:
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                ran.append(names[frame.f_lasti])
+            return trace
+        return None
+
+    sys.settrace(trace)
+    try:
+        FunctionType(code, globals())(x, 2, Managed())
+    finally:
+        sys.settrace(None)
+    return ran
+
+
+def test_what_cannot_be_loaded_twice_is_refused() -> None:
+    def frame(x: Any, y: Any) -> Any:
+        return call(x, y + 1)  # noqa: F821
+
+    code = codegen.call_constants(frame.__code__, {"call": called})
+    with pytest.raises(codegen.Indirect, match="a second time"):
+        codegen.call_instead(code, called, compiled_code, None, answer)
