@@ -1,4 +1,4 @@
-"""`python -m frame_swap demo`: see the swap happen."""
+"""`python -m frame_swap demo`: see the swap happen. `python -m frame_swap repro`: see what `verify` has found."""
 
 from __future__ import annotations
 
@@ -24,14 +24,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="end after so many seconds, swap or no swap (default: %(default)s)",
     )
     demo.add_argument("--device", help="where to train, such as cpu or cuda (default: cuda where there is one)")
+    repro = commands.add_parser(
+        "repro",
+        help="repeat a difference that verify=n has found",
+        description="Compiles the graph in FOLDER, which frame-swap has written, calls compiled code and the "
+        "graph, op by op, with the arguments kept there, and compares. Ends with status 1 where they differ. "
+        "Code in the folder is run.",
+    )
+    repro.add_argument("folder", metavar="FOLDER")
     chosen = parser.parse_args(arguments)
     if chosen.command is None:
         parser.print_help()
         return
     print("importing PyTorch ...", flush=True)
+    if chosen.command == "repro":
+        _repeat(chosen.folder)
+        return
     from .demo import run
 
     run(seconds=chosen.seconds, device=chosen.device)
+
+
+def _repeat(folder: str) -> None:
+    from pathlib import Path
+
+    from .checking import repro
+
+    try:
+        difference = repro.difference(Path(folder))
+    except repro.Unusable as error:
+        raise SystemExit(f"frame-swap: {error}") from None
+    if difference:
+        print(f"compiled code differs: {difference}")
+        raise SystemExit(1)
+    print("compiled code and eager agree")
 
 
 if __name__ == "__main__":

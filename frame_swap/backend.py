@@ -17,7 +17,7 @@ import functools
 import logging
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -26,15 +26,20 @@ import torch
 import guards
 
 from . import internals, settings
+from .checking import repro
+from .checking.comparison import copy_of_graph
+from .checking.trial import Trial
+from .checking.verify import Verification
 from .compiling import artifact, echo, ship
 from .compiling.direct import Compiled
+from .compiling.refusal import first_line
 from .compiling.service import Job, service
 from .compiling.worker import Outcome
 from .frames import FrameGone, codegen
 from .frames.cache_entry import UnknownLayout
 from .frames.call_site import CallSite
 from .pair import trace_pair
-from .region import FrameSwapWarning, Install, Region, Specialiser, State, Trampoline
+from .region import FrameSwapWarning, Offer, Region, Specialiser, State, Trampoline
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +84,8 @@ def frame_swap_backend(
         except ship.Unshippable as error:
             return _compile_in_foreground(region, str(error), gm, example_inputs, changes)
         shapes, limit = internals.FrameShapes(example_inputs), internals.recompile_limit()
-        shipment = _Shipment(region, parcel, changes, shapes, limit)
+        graph = copy_of_graph(gm) if settings.current().verify else None
+        shipment = _Shipment(region, parcel, changes, shapes, limit, settings.current(), graph)
         internals.prepare_cudagraphs(changes)
         job = _submit(shipment, deliver=when != "wait")
 
@@ -113,16 +119,20 @@ class _Shipment(NamedTuple):
     options: dict[str, Any]
     shapes: internals.FrameShapes
     limit: int  # of compiles for other sizes: as many as Dynamo's recompiles of a frame
+    settings: settings.Settings
+    graph: torch.fx.GraphModule | None  # Dynamo's, where compiled code is to be verified
 
 
 def _submit(shipment: _Shipment, sizes: dict[str, int] | None = None, *, deliver: bool = True) -> Job:
-    arrived = functools.partial(_on_outcome, shipment) if deliver else None
+    arrived = functools.partial(_on_outcome, shipment, sizes=sizes) if deliver else None
     job = service.submit(shipment.parcel.data, arrived, sizes)
     shipment.region.cancel = job.cancel
     return job
 
 
-def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = False) -> None:
+def _on_outcome(
+    shipment: _Shipment, outcome: Outcome, *, sizes: dict[str, int] | None = None, frame_open: bool = False
+) -> None:
     """What a worker sent back has arrived: on the loader thread, or on the user's where Dynamo waits for it."""
     # 5. Compile
     region = shipment.region
@@ -151,7 +161,8 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
                 condition = _late_condition(shipment, relations, trampoline)
                 prepare = functools.partial(_prepare_install, trampoline.site, compiled, condition)
                 # An open frame has no code yet that could be prepared.
-                install: Install = (lambda: prepare()()) if frame_open else prepare()
+                install = (lambda: prepare()()) if frame_open else prepare()
+                offer = Offer(compiled, condition, install, _trials(shipment, compiled, sizes or {}))
         except guards.Inexpressible as error:
             _give_up(region, f"a late guard: {error}", State.REJECTED)
         except FrameGone:
@@ -162,7 +173,7 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
             log.info("frame-swap: loading %s failed", region, exc_info=True)
             _give_up(region, f"loading its compiled code failed: {type(error).__name__}: {error}")
         else:
-            trampoline.offer(install)
+            trampoline.offer(offer)
 
 
 def _late_condition(
@@ -182,25 +193,50 @@ def _late_condition(
     return codegen.Condition(source, {s.name: at for s, at in shapes.symbols.items() if s in used})
 
 
-def _prepare_install(site: CallSite | None, compiled: Compiled, condition: codegen.Condition | None) -> Install:
+def _trials(shipment: _Shipment, compiled: Compiled, sizes: dict[str, int]) -> tuple[Trial, ...]:
+    """What compiled code has to pass before it is installed."""
+    if shipment.graph is None:
+        return ()
+    options = {**shipment.parcel.state.configs["inductor"], **shipment.options}
+
+    def keep_repro(arguments: Sequence[Any], difference: str) -> str:
+        try:
+            folder = repro.write(shipment.settings.repro_dir, shipment.parcel.data, sizes, arguments, difference)
+        except Exception as error:
+            return f"what it takes to repeat that could not be kept: {first_line(error)}"
+        return f"to see it again: {repro.command(folder)}"
+
+    verification = Verification(
+        shipment.settings.verify,
+        shipment.graph,
+        keep_repro,
+        same_numbers=bool(options.get("fallback_random", False)),
+        has_effects=compiled.has_effects,
+    )
+    return (verification,)
+
+
+def _prepare_install(
+    site: CallSite | None, compiled: Compiled, condition: codegen.Condition | None
+) -> Callable[[], str]:
     """Do off the user's thread what can be done there; the rest is for `install`, on the user's."""
     if site is None:
-        return lambda: (compiled, condition, "called outside of a Dynamo frame: a check remains on each call")
+        return lambda: "called outside of a Dynamo frame: a check remains on each call"
     try:
         code = site.rewritten(compiled.call, condition, compiled.boxed, answered=compiled.repeatable)
     except codegen.Indirect as error:
         remark = f"{error}: a check remains on each call"
-        return lambda: (compiled, condition, remark)
+        return lambda: remark
 
     # 7. Install
-    def install() -> tuple[Compiled, codegen.Condition | None, str]:
+    def install() -> str:
         try:
             site.redirect(code)
         except UnknownLayout as error:
-            return compiled, condition, f"cache entries look unfamiliar ({error}): a check remains on each call"
+            return f"cache entries look unfamiliar ({error}): a check remains on each call"
         if condition is None and not compiled.repeatable:
             site.rebind(compiled.call)  # nothing needs the pair any more
-        return compiled, condition, ""
+        return ""
 
     return install
 

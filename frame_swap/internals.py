@@ -34,6 +34,8 @@ try:
     import torch._inductor.config as inductor_config
     import torch._logging._internal as torch_logging
     import torch.nn.modules.module as nn_module
+    from torch import _conj as conj
+    from torch import _neg_view as neg_view
     from torch._C import _DisableAutocast as no_autocast
     from torch._C import _get_deterministic_algorithms as deterministic_algorithms
     from torch._C import _get_obj_in_tls as thread_local
@@ -45,7 +47,7 @@ try:
     from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
     from torch._C._dynamo.eval_frame import set_code_exec_strategy
-    from torch._C._functorch import maybe_current_level, peek_interpreter_stack
+    from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level, peek_interpreter_stack
     from torch._dynamo import eval_frame
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
@@ -61,6 +63,7 @@ try:
         counters,
         get_metrics_context,
         orig_code_map,
+        same,
     )
     from torch._functorch._aot_autograd import runtime_wrappers
     from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
@@ -97,6 +100,7 @@ try:
     from torch.fx._symbolic_trace import is_fx_symbolic_tracing
     from torch.fx.experimental.sym_node import SymNode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -165,11 +169,13 @@ __all__ = [
     "compile_context",
     "compile_lock",
     "compiled_callable",
+    "conj",
     "counters",
     "custom_op_def",
     "defined_in_python",
     "detect_fake_mode",
     "deterministic_algorithms",
+    "disable_current_modes",
     "dispatch_keys",
     "effect",
     "fake_impl",
@@ -179,6 +185,7 @@ __all__ = [
     "has_external_objects",
     "inductor_config",
     "is_fake",
+    "is_functorch_wrapped_tensor",
     "is_thread_local",
     "is_traceable_wrapper_subclass",
     "is_triton_kernel",
@@ -186,6 +193,7 @@ __all__ = [
     "keeps_graph",
     "kernel_side_table",
     "mark_dynamic",
+    "neg_view",
     "no_autocast",
     "only_calls_forward",
     "patch_configs",
@@ -197,6 +205,7 @@ __all__ = [
     "register_effect",
     "registered_at",
     "registrations",
+    "same",
     "saving_is_traced",
     "set_grad_enabled",
     "set_view_replay_enabled",
@@ -529,6 +538,23 @@ def autocast_dtypes(definition: Any) -> dict[str, torch.dtype]:
     else:  # up to 2.12
         dtypes = {"cpu": definition._autocast_cpu_dtype, "cuda": definition._autocast_cuda_dtype}
     return {device: dtype for device, dtype in dtypes.items() if dtype is not None}
+
+
+def in_double(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """`gm`, changed to compute in double precision where it names a type; as PyTorch's accuracy checks do it."""
+    from torch._dynamo.debug_utils import cast_to_fp64
+
+    return cast_to_fp64(gm, [])[0]
+
+
+def accuracy_tolerance() -> float:
+    """How far apart PyTorch's accuracy checks let compiled and eager values be, absolutely and relatively."""
+    return float(torch._dynamo.config.repro_tolerance)
+
+
+def watched_by_mode() -> bool:
+    """Whether a dispatch mode sees the operators that this thread runs."""
+    return bool(_len_torch_dispatch_stack())
 
 
 def is_triton_kernel(target: object) -> bool:

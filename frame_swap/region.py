@@ -26,14 +26,15 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 
 from . import settings
+from .checking.trial import Sides, Trial
 from .compiling.direct import Compiled, had_effects
 from .compiling.refusal import first_line
 from .frames import FrameGone
@@ -49,6 +50,7 @@ class State(enum.StrEnum):
 
     PENDING = "pending"  # on the pair; a compile is queued, under way or being loaded
     READY = "ready"  # on the pair; compiled code is loaded and waits to be installed
+    TRIAL = "trial"  # compiled code is being verified against the pair, or timed
     INSTALLED = "installed"  # on compiled code
     FAILED = "failed"  # on the pair, for good: the compile or the load failed
     REJECTED = "rejected"  # on the pair, for good: the compiled code does not fit, or has failed
@@ -77,6 +79,7 @@ class Region:
             one artifact in a row.
         artifacts: how many are in place: more than one where a late guard made calls miss the first.
         specialising: whether a compile for such calls is queued, under way or being loaded.
+        verified: how many calls were compared with the pair's and found equal, for `verify`.
         wrappers: what of AOTAutograd's is still called around compiled code; most graphs need none of it.
         worker_pid: the process that compiled it.
         installed_at: seconds since the epoch, when its install ended.
@@ -99,6 +102,7 @@ class Region:
         self.artifacts = 0
         self.specialising = False
         self.wrappers: tuple[str, ...] = ()
+        self.verified = 0
         self.worker_pid: int | None = None
         self.compile_span: tuple[float, float] | None = None
         self.installed_at: float | None = None
@@ -181,6 +185,11 @@ class Region:
         self.compile_span, self.worker_pid = (started, finished), pid or None
         self.cancel = lambda: None  # there is nothing to cancel any more; the job, with the artifact, may go
 
+    def note(self, findings: Mapping[str, Any]) -> None:
+        """Set attributes, by name."""
+        for name, value in findings.items():
+            setattr(self, name, value)
+
     @contextmanager
     def timed(self, column: str) -> Iterator[None]:
         """Record the seconds that the block takes."""
@@ -191,18 +200,33 @@ class Region:
             setattr(self, column, time.perf_counter() - start)
 
 
-Install = Callable[[], tuple[Compiled, Condition | None, str]]
-"""Puts compiled code in place; returns it, what must hold for calling it, and a remark for the report or ""."""
+class Offer(NamedTuple):
+    """Compiled code, loaded.
+
+    Attributes:
+        compiled: the code.
+        condition: what must hold of a call's inputs for calling it; None where it fits all.
+        install: puts it in place, on a user's thread; returns a remark for the report, or "".
+        trials: what it has to pass before that, in order.
+    """
+
+    compiled: Compiled
+    condition: Condition | None
+    install: Callable[[], str]
+    trials: tuple[Trial, ...] = ()
 
 
 class _Served(NamedTuple):
-    """Compiled code in place, and the calls that it fits."""
+    """Compiled code in place or on trial, and the calls that it fits."""
 
     compiled: Compiled
     fits: Callable[..., bool] | None  # None: all
 
+    def serves(self, args: Sequence[Any]) -> bool:
+        return self.fits is None or self.fits(*args)
 
-_SETTLED = tuple(state for state in State if state not in (State.PENDING, State.READY))
+
+_SETTLED = tuple(state for state in State if state not in (State.PENDING, State.READY, State.TRIAL))
 
 _NOT_PENDING = tuple(state for state in State if state is not State.PENDING)
 
@@ -256,7 +280,9 @@ class Trampoline:
         self.specialiser: Specialiser | None = None
         self._served: tuple[_Served, ...] = ()
         self._rejected = False
-        self._ready: Install | None = None
+        self._ready: Offer | None = None
+        self._on_trial: tuple[Offer, _Served] | None = None
+        self._trying = threading.Lock()
         self._when = when
         self._attention = False
         self._installing = threading.Lock()
@@ -267,13 +293,11 @@ class Trampoline:
         if self._attention:
             self.install()
         served = None if self._rejected else self._served_for(args)
-        if served is None:
-            return self._call_pair(args)
-        try:
-            return served.call(*args)
-        except Exception as error:
-            failure = error
-        return self.answer(failure, *args)
+        if served is not None:
+            return self._call_answered(served, args)
+        if self._on_trial is not None:
+            return self._call_on_trial(args)
+        return self._call_pair(args)
 
     def boxed(self, args: list[Any]) -> Any:
         """The same, with the arguments in one list."""
@@ -288,9 +312,20 @@ class Trampoline:
             error: where the pair is not to be asked.
         """
         served = self._served_for(args)
+        if served is None:
+            raise error
+        return self._answer(served, error, args)
+
+    def _call_answered(self, served: Compiled, args: Sequence[Any]) -> Any:
+        try:
+            return served.call(*args)
+        except Exception as error:
+            failure = error
+        return self._answer(served, failure, args)
+
+    def _answer(self, served: Compiled, error: Exception, args: Sequence[Any]) -> Any:
         if (
-            served is None
-            or not served.repeatable
+            not served.repeatable
             or had_effects(error)
             or isinstance(error, torch.OutOfMemoryError)  # the pair needs more, and who catches it tries with less
         ):
@@ -314,7 +349,39 @@ class Trampoline:
         return served and served.call
 
     def _served_for(self, args: Sequence[Any]) -> Compiled | None:
-        return next((s.compiled for s in self._served if s.fits is None or s.fits(*args)), None)
+        return next((s.compiled for s in self._served if s.serves(args)), None)
+
+    def _call_on_trial(self, args: Sequence[Any]) -> Any:
+        """Serve a call while compiled code is on trial: one call at a time is part of it, others are the pair's."""
+        with ExitStack() as stack:
+            if self._trying.acquire(blocking=False):
+                stack.callback(self._trying.release)
+                if self._on_trial is not None and self._on_trial[1].serves(args):
+                    offer, served = self._on_trial
+                    trial = offer.trials[0]
+                    sides = Sides(
+                        lambda *args: self._call_pair(args),
+                        lambda *args: self._call_answered(served.compiled, args),
+                        self.pair,
+                        served.compiled.call,
+                    )
+                    try:
+                        return trial.call(sides, args)
+                    finally:
+                        self._region.note(trial.findings)
+                        if trial.verdict is not None:
+                            self._end_trial(offer, trial)
+        return self._call_pair(args)
+
+    def _end_trial(self, offer: Offer, trial: Trial) -> None:
+        self._on_trial = None
+        if self._rejected:  # it has raised
+            return
+        if trial.verdict:
+            self.reject(trial.verdict)
+        else:
+            self._ready = offer._replace(trials=offer.trials[1:], install=_remarked(offer.install, trial.remark))
+            self.install()
 
     def reject(self, reason: str) -> None:
         """Go back to the pair for good. Calls under way in compiled code may still be answered here."""
@@ -322,7 +389,8 @@ class Trampoline:
             if self._rejected:
                 return
             self._rejected, self._ready, self._attention, self.specialiser = True, None, False, None
-            if self.site is not None:
+            self._on_trial = None
+            if self.site is not None and self._served:
                 with suppress(FrameGone, Indirect, UnknownLayout):  # nobody calls it, or nothing was rewritten
                     self.site.restore()
         self._region.reject(reason)
@@ -332,13 +400,13 @@ class Trampoline:
         """Whether compiled code waits to be installed."""
         return self._ready is not None
 
-    def offer(self, install: Install) -> None:
-        """Compiled code is loaded: `install` puts it in place, on a user's thread."""
+    def offer(self, offer: Offer) -> None:
+        """Compiled code is loaded."""
         if self._rejected:
             self.specialiser = None
             self._region.end_specialising()
             return
-        self._ready = install
+        self._ready = offer
         self._attention = self._when != "manual"
         self._region.settle(State.READY, unless=_SETTLED)
         self._region.end_specialising()
@@ -348,11 +416,15 @@ class Trampoline:
         if not self._installing.acquire(blocking=False):
             return  # another thread is at it
         try:
-            install, self._ready, self._attention = self._ready, None, False
-            if install is not None:
+            offer, self._ready, self._attention = self._ready, None, False
+            if offer is not None and offer.trials:
+                fits = offer.condition and predicate(offer.condition)
+                self._on_trial = offer, _Served(offer.compiled, fits)
+                self._region.settle(State.TRIAL, unless=(State.INSTALLED,))
+            elif offer is not None:
                 with self._region.timed("install_s"):
-                    compiled, condition, remark = install()
-                self._serve(compiled, condition)
+                    remark = offer.install()
+                self._serve(offer.compiled, offer.condition)
                 self._region.installed_at = time.time()
                 self._region.artifacts += 1
                 self._region.settle(State.INSTALLED, remark)
@@ -377,6 +449,10 @@ class Trampoline:
                 self.pair = compiled.call  # whatever still holds this trampoline need not hold the pair
         elif self.specialiser is not None:
             self.specialiser.resume()
+
+
+def _remarked(install: Callable[[], str], remark: str) -> Callable[[], str]:
+    return lambda: "; ".join(filter(None, [install(), remark]))
 
 
 class Specialiser:

@@ -28,6 +28,7 @@ _COLUMNS = (
     "late_guards",
     "artifacts",
     "wrappers",
+    "verified",
     "worker_pid",
 )
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,8 @@ class Settings:
     when: When = "ready"
     delay: float = 0.0
     executor: Executor | None = None
+    verify: int = 0
+    repro_dir: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.workers, int) or self.workers < 1:
@@ -36,6 +38,10 @@ class Settings:
             raise ValueError(f"when={self.when!r}: choose one of {choices}{_nearest(str(self.when), known)}")
         if not isinstance(self.delay, (int, float)) or not 0 <= self.delay < math.inf:
             raise ValueError(f"delay={self.delay!r}: give a number of seconds, 0 or more")
+        if not isinstance(self.verify, int) or self.verify < 0:
+            raise ValueError(f"verify={self.verify!r}: give a number of calls to compare, 0 for none")
+        if self.repro_dir is not None and not isinstance(self.repro_dir, (str, os.PathLike)):
+            raise TypeError(f"repro_dir={self.repro_dir!r}: give a folder, or None for the temporary one")
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
             raise TypeError(
                 f"executor={self.executor!r} has no submit(): give a concurrent.futures.Executor, "
@@ -44,13 +50,13 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read `FRAME_SWAP_WORKERS`, `FRAME_SWAP_WHEN` and `FRAME_SWAP_DELAY`.
+        """Read `FRAME_SWAP_WORKERS`, `_WHEN`, `_DELAY`, `_VERIFY` and `_REPRO_DIR`.
 
         Raises:
             ValueError: naming the variable whose value cannot be used.
         """
         values: dict[str, Any] = {"workers": default_workers()}
-        for name, parse in (("workers", int), ("when", str), ("delay", float)):
+        for name, parse in _IN_ENVIRONMENT.items():
             variable = f"FRAME_SWAP_{name.upper()}"
             text = environ.get(variable)
             if not text:
@@ -61,6 +67,15 @@ class Settings:
             except ValueError as error:
                 raise ValueError(f"{variable}={text!r} cannot be used: {error}") from None
         return cls(**values)
+
+
+_IN_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
+    "workers": int,
+    "when": str,
+    "delay": float,
+    "verify": int,
+    "repro_dir": str,
+}
 
 
 def default_workers() -> int:
@@ -97,6 +112,8 @@ def configure(
     when: When = _UNSET,
     delay: float = _UNSET,
     executor: Executor | None = _UNSET,
+    verify: int = _UNSET,
+    repro_dir: str | None = _UNSET,
 ) -> None:
     """Change settings for graphs captured from now on; what is not named stays as it is.
 
@@ -109,12 +126,25 @@ def configure(
         delay: seconds for which a finished compile is held back before it is loaded, for tests.
         executor: where compiles run: any `concurrent.futures.Executor` whose workers are other processes.
             None (default) is frame-swap's own pool.
+        verify: how many calls of each graph to make twice before compiled code serves it, by the pair and by
+            compiled code, on copies of the inputs (default 0). Outputs, gradients and changed inputs are compared
+            as PyTorch's accuracy checks do; a graph for which they differ stays on its pair. Such a call takes
+            about four times as long, and memory for copies of inputs and parameters.
+        repro_dir: where to write what it takes to repeat a difference that `verify` finds; by default below the
+            temporary folder.
 
     Raises:
         ValueError, TypeError: a value cannot be used; nothing has changed then.
     """
     global _current
-    given: dict[str, Any] = {"workers": workers, "when": when, "delay": delay, "executor": executor}
+    given: dict[str, Any] = {
+        "workers": workers,
+        "when": when,
+        "delay": delay,
+        "executor": executor,
+        "verify": verify,
+        "repro_dir": repro_dir,
+    }
     _current = dataclasses.replace(current(), **{k: v for k, v in given.items() if v is not _UNSET})
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 lying = False
 """Whether `relaid` lays its output out otherwise than it has promised; compiled code asserts what was promised."""
@@ -46,3 +47,20 @@ def fragile(x: Tensor) -> Tensor:
 @fragile.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+class Miscompile(CustomGraphPass):
+    """A pass of Inductor's that puts one operator of ATen in place of another, in forwards and backwards."""
+
+    def __init__(self, operator: str, other: str) -> None:
+        self.operator = operator
+        self.other = other
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.nodes:
+            if str(node.target) == self.operator:
+                name, _, overload = self.other.partition(".")
+                node.target = getattr(getattr(torch.ops.aten, name), overload)
+
+    def uuid(self) -> str:
+        return f"{self.operator} {self.other}"

@@ -23,6 +23,8 @@ from frame_swap import FrameSwapWarning, State, backend, internals, settings
         ({"delay": float("nan")}, "0 or more"),
         ({"workers": 0}, "1 or more"),
         ({"workers": 1.5}, "whole number"),
+        ({"verify": -1}, "0 for none"),
+        ({"verify": 0.5}, "number of calls"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_and_changes_nothing(values: dict[str, Any], words: str) -> None:
@@ -30,6 +32,11 @@ def test_a_value_that_cannot_be_used_is_refused_and_changes_nothing(values: dict
     with pytest.raises(ValueError, match=words):
         frame_swap.configure(**values)
     assert settings.current() == before
+
+
+def test_a_folder_must_be_one() -> None:
+    with pytest.raises(TypeError, match="give a folder"):
+        frame_swap.configure(repro_dir=3)  # type: ignore[arg-type]
 
 
 def test_an_executor_must_be_one() -> None:
@@ -43,6 +50,7 @@ def test_an_executor_must_be_one() -> None:
         ({"FRAME_SWAP_WHEN": "soon"}, "FRAME_SWAP_WHEN='soon'"),
         ({"FRAME_SWAP_WORKERS": "many"}, "FRAME_SWAP_WORKERS='many'"),
         ({"FRAME_SWAP_DELAY": "-2"}, "FRAME_SWAP_DELAY='-2'"),
+        ({"FRAME_SWAP_VERIFY": "all"}, "FRAME_SWAP_VERIFY='all'"),
     ],
 )
 def test_a_variable_that_cannot_be_used_is_named(environ: dict[str, str], words: str) -> None:
@@ -51,8 +59,9 @@ def test_a_variable_that_cannot_be_used_is_named(environ: dict[str, str], words:
 
 
 def test_the_environment_sets_what_configure_sets() -> None:
-    environ = {"FRAME_SWAP_WHEN": "manual", "FRAME_SWAP_WORKERS": "3", "FRAME_SWAP_DELAY": "0.5"}
-    assert settings.Settings.from_environment(environ) == settings.Settings(3, "manual", 0.5)
+    given = {"when": "manual", "workers": 3, "delay": 0.5, "verify": 2, "repro_dir": "here"}
+    environ = {f"FRAME_SWAP_{name.upper()}": str(value) for name, value in given.items()}
+    assert settings.Settings.from_environment(environ) == settings.Settings(**given)
 
 
 def test_the_number_of_workers_follows_the_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +189,8 @@ def test_the_report_is_a_table_and_json() -> None:
     report = frame_swap.wait()
     (row,) = json.loads(json.dumps(report.as_dict()))["regions"]
     columns = "frame compile_id state reason pair_calls ship_s queue_s compile_s load_s install_s"
-    assert set(row) == {*columns.split(), "artifact_bytes", "late_guards", "artifacts", "wrappers", "worker_pid"}
+    columns += " artifact_bytes late_guards artifacts wrappers verified worker_pid"
+    assert set(row) == set(columns.split())
     assert row["state"] == "installed"
     assert row["compile_s"] > 0
     assert row["artifact_bytes"] > 1000

@@ -34,14 +34,21 @@ class Compiled(NamedTuple):
         call: takes the graph's inputs, returns the sequence of its outputs.
         boxed: Inductor's own function, where nothing at all need be done around it; else None.
         wrappers: what of AOTAutograd's is still called with it.
-        repeatable: whether a call that has raised has changed no input and had no other effect, unless
-            `had_effects` says otherwise of what it raised.
+        changes_inputs: whether inputs may have changed when a call raises; where not, `had_effects` says of what
+            it raised whether they have all the same.
+        has_effects: whether operators have effects that happen in order, such as printing.
     """
 
     call: Callable[..., Any]
     boxed: Boxed | None
     wrappers: tuple[str, ...]
-    repeatable: bool
+    changes_inputs: bool
+    has_effects: bool
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a call that raises has left everything as it was, unless `had_effects` says otherwise."""
+        return not self.changes_inputs and not self.has_effects
 
 
 def had_effects(error: BaseException) -> bool:
@@ -100,8 +107,10 @@ class Replacement:
         active = [type(w).__name__ for w in self._entry.dispatch_wrappers if getattr(w, "needs_post_compile", True)]
         names = {"AOTDedupeWrapper": "inputs passed twice", "AOTSyntheticBaseWrapper": "overlapping inputs"}
         around = (names.get(name, name) for name in active)
-        repeatable = made.repeatable and "AOTSyntheticBaseWrapper" not in active  # it lays inputs out anew
-        return Compiled(_unboxed(outermost), None, (*around, *made.wrappers), repeatable)
+        changes_inputs = made.changes_inputs or "AOTSyntheticBaseWrapper" in active  # it lays them out anew
+        return made._replace(
+            call=_unboxed(outermost), boxed=None, wrappers=(*around, *made.wrappers), changes_inputs=changes_inputs
+        )
 
 
 @contextlib.contextmanager
@@ -141,16 +150,15 @@ class _Graph:
     def compiled(self, grad: bool | None) -> Compiled:
         if self._trains:
             apply, wrappers = self._autograd_function()
-            return Compiled(self._surrounded("call(*args)", apply, grad), None, wrappers, self._repeatable())
+            return self._made(self._surrounded("call(*args)", apply, grad), None, wrappers)
         boxed = inductors(self._compiled)
         if grad is False and not self._needs_more() and not self._no_autocast:
-            return Compiled(_unboxed(boxed), boxed, self._beneath(), self._repeatable())
-        call = self._surrounded("call(list(args))", boxed, grad)
-        return Compiled(call, None, self._beneath(), self._repeatable())
+            return self._made(_unboxed(boxed), boxed, self._beneath())
+        return self._made(self._surrounded("call(list(args))", boxed, grad), None, self._beneath())
 
-    def _repeatable(self) -> bool:
-        """Whether compiled code itself changes no input and has no effects; what is written around it may."""
-        return not self._metadata.mutated_graph_handled_indices and not self._metadata.tokens
+    def _made(self, call: Callable[..., Any], boxed: Boxed | None, wrappers: tuple[str, ...]) -> Compiled:
+        metadata = self._metadata
+        return Compiled(call, boxed, wrappers, bool(metadata.mutated_graph_handled_indices), bool(metadata.tokens))
 
     def _needs_more(self) -> bool:
         """Whether the graph's inputs or outputs need any work besides the call."""

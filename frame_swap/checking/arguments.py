@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-MOST_BYTES = 2 << 30
-"""Larger arguments are not copied: three sets of them have to fit."""
+from .. import internals
+
+SETS = 4
+"""How many copies have to fit into what memory is left; one may be in double precision."""
 
 
 class Uncopyable(Exception):
@@ -42,9 +45,7 @@ class Arguments:
         tensors = [value for value in originals if isinstance(value, Tensor)]
         for tensor in tensors:
             _check(tensor)
-        memory = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-        if sum(memory.values()) > MOST_BYTES:
-            raise Uncopyable(f"the arguments take more than {MOST_BYTES >> 30} GiB")
+        _check_sizes(tensors)
         self.values = [self._copy(value) for value in originals]
 
     def _copy(self, value: Any) -> Any:
@@ -76,7 +77,7 @@ class Arguments:
         elif tensor.requires_grad:
             self.leaves.append(memory.requires_grad_())
             if not tensor.is_leaf:
-                return _with_history(memory)
+                return with_history(memory)
         return memory
 
     def _memory(self, tensor: Tensor) -> Tensor:
@@ -116,16 +117,16 @@ class _History(torch.autograd.Function):
         return gradient
 
 
-def _with_history(leaf: Tensor) -> Tensor:
+def with_history(leaf: Tensor) -> Tensor:
     tensor: Tensor = _History.apply(leaf)  # type: ignore[no-untyped-call]
     return tensor
 
 
 def _with_bits_of(original: Tensor, tensor: Tensor) -> Tensor:
     if original.is_conj() != tensor.is_conj():
-        tensor = torch._conj(tensor)
+        tensor = internals.conj(tensor)
     if original.is_neg() != tensor.is_neg():
-        tensor = torch._neg_view(tensor)
+        tensor = internals.neg_view(tensor)
     return tensor
 
 
@@ -134,9 +135,18 @@ def _check(tensor: Tensor) -> None:
         raise Uncopyable(f"an argument is a {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise Uncopyable(f"an argument has layout {tensor.layout}")
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if internals.is_functorch_wrapped_tensor(tensor):
         raise Uncopyable("an argument is a tensor of functorch's")
     if tensor.is_quantized or tensor.is_mkldnn:
         raise Uncopyable("an argument is quantized or of MKL-DNN's own layout")
     if tensor.device.type == "meta":
         raise Uncopyable("an argument has no data")
+
+
+def _check_sizes(tensors: Sequence[Tensor]) -> None:
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values()
+    for device in {storage.device for storage in storages}:
+        needed = SETS * sum(storage.nbytes() for storage in storages if storage.device == device)
+        left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if needed > left:
+            raise Uncopyable(f"copies of the arguments take {needed >> 20} MiB, and {device} has {left >> 20} left")

@@ -1,0 +1,268 @@
+"""One call made twice, by the pair and by compiled code, and compared: outputs, gradients, changed arguments.
+
+Both sides run on copies of the arguments, from the same random state, forward and backward. What is compared is
+what can be seen of a call. Whether values are equal is decided as PyTorch's accuracy checks do
+(`torch._dynamo.utils.same`): they are close, or compiled code is hardly further than the pair is from what
+Dynamo's graph gives, op by op, in double precision.
+
+Values that no two runs share are not compared, only their types and shapes: those of a graph that draws random
+numbers, unless compiled code draws the same ones, and those of a graph that hands out uninitialised memory. A
+graph draws random numbers where the pair's run moved a generator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import internals
+from .arguments import Arguments, wider
+
+Call = Callable[..., Any]
+
+
+@dataclasses.dataclass
+class Observation:
+    """All that can be seen of one call.
+
+    Attributes:
+        error: what it raised, in which case there is nothing else.
+        values: outputs, arguments after the call and gradients, by what they are.
+        differentiable: which of the outputs require a gradient.
+        shared: for each output, the first argument whose memory it shares, or -1.
+    """
+
+    error: str
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    differentiable: list[str] = dataclasses.field(default_factory=list)
+    shared: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Comparison:
+    """The pair's call, against which compiled code's is held.
+
+    Args:
+        pair: runs at once, on a copy of the arguments.
+        arguments: what the graph is called with; not touched.
+        graph: Dynamo's, the reference where values differ.
+        same_numbers: whether compiled code draws the random numbers that the pair draws.
+
+    Attributes:
+        expected, actual: what was seen of the pair's call, and of compiled code's.
+        random: whether the pair has drawn random numbers.
+        incomparable: why values are not compared; "" where they are.
+
+    Raises:
+        Uncopyable: there is no telling.
+        torch.OutOfMemoryError: there is no room for it; also from `difference`.
+    """
+
+    def __init__(
+        self,
+        pair: Call,
+        arguments: tuple[Any, ...],
+        graph: Call | None = None,
+        *,
+        same_numbers: bool = False,
+    ) -> None:
+        self._arguments = arguments
+        self._graph = graph
+        self._state = RandomState()
+        self.expected = observe(pair, Arguments(arguments))
+        self.random = self._state.differs() or any(isinstance(x, torch.Generator) for x in arguments)
+        self._state.restore()
+        self.actual = self.expected
+        self.incomparable = ""
+        if self.random and not same_numbers:
+            self.incomparable = "it draws random numbers, and compiled code draws others"
+        elif isinstance(graph, torch.nn.Module) and hands_out_uninitialised(graph):
+            self.incomparable = "it hands out uninitialised memory"
+
+    def difference(self, compiled: Call) -> str:
+        """What compiled code does otherwise; "" where nothing. The random state is left as it was found."""
+        self.actual = observe(compiled, Arguments(self._arguments))
+        self._state.restore()
+        try:
+            return self._difference(self.actual)
+        finally:
+            self._state.restore()
+
+    def _difference(self, actual: Observation) -> str:
+        expected = self.expected
+        if expected.error or actual.error:
+            if expected.error and actual.error:
+                return ""
+            return f"compiled code raises {actual.error or 'nothing'}, the pair {expected.error or 'nothing'}"
+        if expected.values.keys() != actual.values.keys():
+            return f"compiled code gives {', '.join(actual.values)}; the pair {', '.join(expected.values)}"
+        for name, want in expected.values.items():
+            if why := self._difference_in_layout(name, actual.values[name], want):
+                return f"{name}: {why}"
+        if actual.differentiable != expected.differentiable:
+            return f"outputs that require a gradient: {actual.differentiable}, the pair's {expected.differentiable}"
+        return "" if self.incomparable else self._difference_in_values(actual.values)
+
+    def _difference_in_layout(self, name: str, have: Any, want: Any) -> str:
+        """Strides do not count: with and without frame-swap, Inductor pads some outputs."""
+        return difference_in_layout(have, want, strides=False)
+
+    def _difference_in_values(self, actual: dict[str, Any]) -> str:
+        reference: dict[str, Any] | None = None
+        for name, want in self.expected.values.items():
+            have = actual[name]
+            if _same(want, have, None):
+                continue
+            if reference is None:
+                reference = self.in_double()
+            right = reference.get(name)
+            if not isinstance(right, Tensor) or not isinstance(want, Tensor) or right.shape != want.shape:
+                return f"{name}: {_how_far(have, want)}"
+            if not _same(want, have, right):
+                return f"{name}: {_how_far(have, want)}, which is {distance(want, right):.3g} off double precision"
+        return ""
+
+    def in_double(self) -> dict[str, Any]:
+        """What Dynamo's graph gives in double precision; nothing where it cannot be run so."""
+        if self._graph is None:
+            return {}
+        graph = self._graph
+        if isinstance(graph, torch.fx.GraphModule):
+            graph = internals.in_double(graph)
+        try:
+            return observe(graph, Arguments(self._arguments, double=True)).values
+        finally:
+            self._state.restore()
+
+
+def _same(want: Any, have: Any, right: Tensor | None) -> bool:
+    return internals.same(
+        want,
+        have,
+        right,
+        tol=internals.accuracy_tolerance(),
+        equal_nan=True,
+        log_error=lambda *_: None,  # the report says it
+    )
+
+
+def _how_far(have: Any, want: Any) -> str:
+    if not isinstance(want, Tensor):
+        return f"{have!r}, the pair's {want!r}"
+    return f"up to {distance(have, want):.3g} off the pair's"
+
+
+def observe(call: Call, arguments: Arguments) -> Observation:
+    """Call, run the backward of everything that has one then, and note what came of it."""
+    try:
+        outputs = call(*arguments.values)
+        outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        seen = {f"output {at}": value for at, value in enumerate(outputs)}
+        seen |= {f"argument {at}": value for at, value in enumerate(arguments.values)}
+        values = {name: v.detach() if isinstance(v, Tensor) else v for name, v in seen.items()}
+        differentiable = [name for name, v in seen.items() if isinstance(v, Tensor) and v.requires_grad]
+        shared = {f"output {at}": _sharing(value, arguments.values) for at, value in enumerate(outputs)}
+        ends = {id(v): v for v in seen.values() if isinstance(v, Tensor) and v.grad_fn is not None}.values()
+        if ends:
+            torch.autograd.backward(list(ends), [_uneven(end) for end in ends])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return Observation(f"{type(error).__name__}: {error}".partition("\n")[0])
+    values |= {f"gradient {at}": leaf.grad for at, leaf in enumerate(arguments.leaves)}
+    return Observation("", values, differentiable, shared)
+
+
+class RandomState:
+    """The state of every random number generator that a program might use, as it is now."""
+
+    def __init__(self) -> None:
+        with internals.disable_current_modes():
+            self._cpu = torch.get_rng_state()
+            self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._python = random.getstate()
+
+    def restore(self) -> None:
+        """Go back to it."""
+        with internals.disable_current_modes():
+            torch.set_rng_state(self._cpu)
+            if self._cuda:
+                torch.cuda.set_rng_state_all(self._cuda)
+        random.setstate(self._python)
+
+    def differs(self) -> bool:
+        """Whether PyTorch's generators have moved on since."""
+        now = RandomState()
+        pairs = zip([self._cpu, *self._cuda], [now._cpu, *now._cuda], strict=True)
+        return not all(torch.equal(before, after) for before, after in pairs)
+
+
+def difference_in_layout(have: Any, want: Any, *, strides: bool) -> str:
+    """In what besides values `have` differs from `want`; "" in nothing."""
+    if not isinstance(want, Tensor):
+        return "" if type(have) is type(want) else f"a {type(have).__name__}, the pair's a {type(want).__name__}"
+    if not isinstance(have, Tensor):
+        return f"a {type(have).__name__}, the pair's a tensor"
+    for what in ("dtype", "shape", "device", "layout"):
+        if getattr(have, what) != getattr(want, what):
+            return f"{what} {getattr(have, what)}, the pair's {getattr(want, what)}"
+    if strides and want.layout is torch.strided and _significant_strides(have) != _significant_strides(want):
+        return f"stride {have.stride()}, the pair's {want.stride()} (shape {tuple(want.shape)})"
+    return ""
+
+
+def _significant_strides(tensor: Tensor) -> list[int]:
+    """Without those of dimensions of size 1, and none where there are no elements: these say nothing."""
+    sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return [stride for size, stride in sizes_and_strides if size > 1] if tensor.numel() else []
+
+
+def distance(have: Tensor, want: Tensor) -> float:
+    """The largest difference between two elements."""
+    if not want.numel():
+        return 0.0
+    wide = wider(want.dtype)
+    if not (wide.is_floating_point or wide.is_complex):
+        wide = torch.float64
+    have, want = have.to(wide), want.to(wide)
+    same = (have == want) | (have.isnan() & want.isnan())
+    return float(torch.where(same, 0.0, (have - want).abs()).nan_to_num(nan=torch.inf).max())
+
+
+def hands_out_uninitialised(graph: torch.nn.Module) -> bool:
+    """Whether operators of the graph return memory as they find it."""
+    targets = (str(n.target) for m in graph.modules() if isinstance(m, torch.fx.GraphModule) for n in m.graph.nodes)
+    return any("empty" in target or "resize" in target for target in targets)
+
+
+def copy_of_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """`gm` as it is now; tracing the pair changes it."""
+    graph = torch.fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return torch.fx.GraphModule(gm, graph)
+
+
+def _sharing(output: Any, arguments: list[Any]) -> int:
+    """The first argument whose memory an output shares; -1 for none."""
+    memory = _memory(output)
+    shared = (at for at, value in enumerate(arguments) if memory is not None and _memory(value) == memory)
+    return next(shared, -1)
+
+
+def _memory(value: Any) -> int | None:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or not value.numel():
+        return None
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # a subclass that has none
+        return value.untyped_storage().data_ptr()
+    return None
+
+
+def _uneven(end: Tensor) -> Tensor:
+    """A gradient that differs from element to element, so that mixed-up elements show."""
+    weights = torch.linspace(0.5, 1.5, end.numel(), device=end.device)
+    return weights.to(end.dtype).reshape(end.shape)

@@ -1,0 +1,103 @@
+"""What it takes to see a difference between compiled code and eager once more: written to a folder, and run.
+
+    python -m frame_swap repro FOLDER
+
+A folder holds the parcel that was compiled (`parcel.pickle`: graph and settings), the arguments of a call and the
+sizes that the graph was compiled for (`call.pt`), and what differed (`difference.txt`). It is its owner's alone
+(0700), since it contains the program's data, and since what is in it is unpickled: a folder that others can write
+to is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import internals
+from ..compiling import artifact, ship, worker
+from .arguments import with_history
+from .comparison import Comparison
+
+_PARCEL, _CALL, _DIFFERENCE = "parcel.pickle", "call.pt", "difference.txt"
+
+
+class Unusable(Exception):
+    """Nothing can be repeated from this folder; the message says why."""
+
+
+def write(
+    directory: str | None, parcel: bytes, sizes: Mapping[str, int], arguments: Sequence[Any], difference: str
+) -> Path:
+    """Write a folder below `directory`, by default the temporary one; returns its path.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if directory is not None:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="frame-swap-repro-", dir=directory))  # with mode 0700
+    (folder / _PARCEL).write_bytes(parcel)
+    values = [
+        (x.detach(), x.requires_grad, x.is_leaf) if isinstance(x, Tensor) else (x, False, True) for x in arguments
+    ]
+    torch.save({"values": values, "sizes": dict(sizes)}, folder / _CALL)
+    (folder / _DIFFERENCE).write_text(f"{difference}\n\n{command(folder)}\n")
+    return folder
+
+
+def command(folder: Path) -> str:
+    """What to type to see the difference again."""
+    return shlex.join([sys.executable, "-m", "frame_swap", "repro", str(folder)])
+
+
+def difference(folder: Path) -> str:
+    """Compile what is in `folder`, call it and Dynamo's graph, op by op; says what differs, "" where nothing.
+
+    Changes settings of this process.
+
+    Raises:
+        Unusable: with the reason.
+    """
+    _check_owner(folder)
+    try:
+        parcel = (folder / _PARCEL).read_bytes()
+        call = torch.load(folder / _CALL, weights_only=False)
+    except OSError as error:
+        raise Unusable(f"{folder} is no folder that frame-swap wrote: {error}") from None
+    outcome = worker.compile_graph(parcel, call["sizes"], time.time())
+    if outcome.artifact is None:
+        raise Unusable(f"its graph does not compile: {outcome.error}\n{outcome.details}")
+    opened = ship.open_parcel(parcel)
+    compiled = artifact.load(outcome.artifact, opened.state, opened.options, guarded=False)
+    gm, _, _ = ship.unpack_graph(opened.graph, call["sizes"])
+    settings = {**opened.state.configs["inductor"], **opened.options}
+    with opened.state.applied_to_thread():
+        arguments = tuple(_restored(*value) for value in call["values"])
+        same_numbers = settings.get("fallback_random", internals.inductor_config.fallback_random)
+        return Comparison(gm, arguments, gm, same_numbers=same_numbers).difference(compiled.call)
+
+
+def _restored(value: Any, requires_grad: bool, is_leaf: bool) -> Any:
+    if not isinstance(value, Tensor) or not requires_grad:
+        return value
+    leaf = value.requires_grad_()
+    return leaf if is_leaf else with_history(leaf)
+
+
+def _check_owner(folder: Path) -> None:
+    try:
+        found = folder.stat()
+    except OSError as error:
+        raise Unusable(str(error)) from None
+    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        raise Unusable(f"{folder} is not yours alone to write to, and what is in it would be run")

@@ -1,0 +1,92 @@
+"""`verify=n`: the first `n` calls that compiled code could serve are made twice, and compared.
+
+What the caller gets is the pair's, with the pair's autograd graph: the comparison runs before that, on copies, so
+that inputs are changed once, no gradient is accumulated twice, and random numbers are drawn as if there was none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .. import internals
+from .arguments import Uncopyable
+from .comparison import Comparison
+from .trial import Sides, Trial
+
+log = logging.getLogger(__name__)
+
+KeepRepro = Callable[[Sequence[Any], str], str]
+"""Given a call's arguments and what differs, keeps them for `python -m frame_swap repro`; returns the command."""
+
+
+class Verification(Trial):
+    """Whether compiled code computes what the pair computes.
+
+    Args:
+        calls: how many to compare.
+        graph: Dynamo's.
+        keep_repro: called for a difference.
+        same_numbers: whether compiled code draws the pair's random numbers.
+        has_effects: whether there is more to a call than its inputs and outputs.
+    """
+
+    def __init__(
+        self,
+        calls: int,
+        graph: torch.fx.GraphModule,
+        keep_repro: KeepRepro,
+        *,
+        same_numbers: bool,
+        has_effects: bool,
+    ) -> None:
+        super().__init__()
+        self._calls = calls
+        self._graph = graph
+        self._same_numbers = same_numbers
+        self._keep_repro = keep_repro
+        self._made = 0
+        self.findings["verified"] = 0
+        if has_effects:
+            self._pass("not verified: it has effects, which would happen more than once")
+        elif _communicates(graph):
+            self._pass("not verified: it communicates with processes that would have to make each call as often")
+
+    def call(self, sides: Sides, args: Sequence[Any]) -> Any:
+        if self.verdict is None and not internals.watched_by_mode():
+            try:
+                self._compare(sides, tuple(args))
+            except (Uncopyable, torch.OutOfMemoryError) as error:
+                self._pass(f"not verified: {str(error).partition(chr(10))[0]}")
+            except Exception as error:
+                log.warning("frame-swap: verifying compiled code failed", exc_info=True)
+                self._pass(f"not verified: {type(error).__name__}: {error}")
+        return sides.pair(*args)
+
+    def _compare(self, sides: Sides, args: tuple[Any, ...]) -> None:
+        comparison = Comparison(sides.bare_pair, args, self._graph, same_numbers=self._same_numbers)
+        if comparison.expected.error:
+            return  # so will the call itself
+        difference = comparison.difference(sides.bare_compiled)
+        if difference:
+            self.verdict = f"it is not what the pair computes: {difference}; {self._keep_repro(args, difference)}"
+            return
+        self._made += 1
+        self.findings["verified"] = self._made
+        if self._made >= self._calls:
+            why = comparison.incomparable
+            self._pass(f"verified but for its values: {why}" if why else "")
+
+    def _pass(self, remark: str) -> None:
+        self.verdict, self.remark = "", remark
+
+
+_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d")
+
+
+def _communicates(graph: torch.fx.GraphModule) -> bool:
+    targets = (n.target for m in graph.modules() if isinstance(m, torch.fx.GraphModule) for n in m.graph.nodes)
+    return any(str(target).partition(".")[0] in _COLLECTIVES for target in targets)
