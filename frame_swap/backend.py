@@ -17,7 +17,7 @@ import functools
 import logging
 import pickle
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -28,6 +28,7 @@ import guards
 from . import internals, settings
 from .checking import repro
 from .checking.comparison import copy_of_graph
+from .checking.profit import Measurement
 from .checking.trial import Trial
 from .checking.verify import Verification
 from .compiling import artifact, echo, ship
@@ -162,7 +163,7 @@ def _on_outcome(
                 prepare = functools.partial(_prepare_install, trampoline.site, compiled, condition)
                 # An open frame has no code yet that could be prepared.
                 install = (lambda: prepare()()) if frame_open else prepare()
-                offer = Offer(compiled, condition, install, _trials(shipment, compiled, sizes or {}))
+                offer = Offer(compiled, condition, install, tuple(_trials(shipment, compiled, sizes or {})))
         except guards.Inexpressible as error:
             _give_up(region, f"a late guard: {error}", State.REJECTED)
         except FrameGone:
@@ -193,27 +194,27 @@ def _late_condition(
     return codegen.Condition(source, {s.name: at for s, at in shapes.symbols.items() if s in used})
 
 
-def _trials(shipment: _Shipment, compiled: Compiled, sizes: dict[str, int]) -> tuple[Trial, ...]:
-    """What compiled code has to pass before it is installed."""
-    if shipment.graph is None:
-        return ()
-    options = {**shipment.parcel.state.configs["inductor"], **shipment.options}
+def _trials(shipment: _Shipment, compiled: Compiled, sizes: dict[str, int]) -> Iterator[Trial]:
+    """What compiled code has to pass before it serves alone."""
+    if shipment.graph is not None:
+        options = {**shipment.parcel.state.configs["inductor"], **shipment.options}
+        yield Verification(
+            shipment.settings.verify,
+            shipment.graph,
+            functools.partial(_keep_repro, shipment, sizes),
+            same_numbers=bool(options.get("fallback_random", False)),
+            has_effects=compiled.has_effects,
+        )
+    if shipment.settings.profit:
+        yield Measurement(undisturbed=lambda: service.threads_for_program() is None)
 
-    def keep_repro(arguments: Sequence[Any], difference: str) -> str:
-        try:
-            folder = repro.write(shipment.settings.repro_dir, shipment.parcel.data, sizes, arguments, difference)
-        except Exception as error:
-            return f"what it takes to repeat that could not be kept: {first_line(error)}"
-        return f"to see it again: {repro.command(folder)}"
 
-    verification = Verification(
-        shipment.settings.verify,
-        shipment.graph,
-        keep_repro,
-        same_numbers=bool(options.get("fallback_random", False)),
-        has_effects=compiled.has_effects,
-    )
-    return (verification,)
+def _keep_repro(shipment: _Shipment, sizes: dict[str, int], arguments: Sequence[Any], difference: str) -> str:
+    try:
+        folder = repro.write(shipment.settings.repro_dir, shipment.parcel.data, sizes, arguments, difference)
+    except Exception as error:
+        return f"what it takes to repeat that could not be kept: {first_line(error)}"
+    return f"to see it again: {repro.command(folder)}"
 
 
 def _prepare_install(

@@ -8,8 +8,10 @@ Guarantees:
   changed something by then. Then the frame is the pair's for good, with one warning; calls that were under way in
   compiled code on other threads end there, or are answered too. Where the pair raises as well, its error is the
   caller's, and nothing else happens. What is no `Exception`, and `torch.OutOfMemoryError`, passes as it is.
-- A region is settled once: its state changes away from PENDING once, and from READY at most once more; from
-  INSTALLED to REJECTED where compiled code raises.
+- Compiled code on trial serves, if at all, one call at a time; other calls are the pair's meanwhile. A trial ends
+  with the call that decides it, on that call's thread: with compiled code installed, the next trial, or REJECTED.
+- A region is settled once: its state changes away from PENDING once, and from READY to TRIAL or a settled one,
+  from TRIAL to a settled one, and from INSTALLED to REJECTED where compiled code raises.
 - Compiled code is installed once, by the first thread to arrive; others go on with the pair meanwhile. More of
   it, for calls that the first does not fit, is asked for one at a time.
 - Rewritten code names a trampoline only where an error is to be answered. When the code object that names it
@@ -80,6 +82,7 @@ class Region:
         artifacts: how many are in place: more than one where a late guard made calls miss the first.
         specialising: whether a compile for such calls is queued, under way or being loaded.
         verified: how many calls were compared with the pair's and found equal, for `verify`.
+        profit: what a call took on both sides, where `profit` had it measured; "" where not.
         wrappers: what of AOTAutograd's is still called around compiled code; most graphs need none of it.
         worker_pid: the process that compiled it.
         installed_at: seconds since the epoch, when its install ended.
@@ -103,6 +106,7 @@ class Region:
         self.specialising = False
         self.wrappers: tuple[str, ...] = ()
         self.verified = 0
+        self.profit = ""
         self.worker_pid: int | None = None
         self.compile_span: tuple[float, float] | None = None
         self.installed_at: float | None = None

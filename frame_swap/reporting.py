@@ -29,6 +29,7 @@ _COLUMNS = (
     "artifacts",
     "wrappers",
     "verified",
+    "profit",
     "worker_pid",
 )
 

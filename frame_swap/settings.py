@@ -28,6 +28,7 @@ class Settings:
     executor: Executor | None = None
     verify: int = 0
     repro_dir: str | None = None
+    profit: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.workers, int) or self.workers < 1:
@@ -40,6 +41,8 @@ class Settings:
             raise ValueError(f"delay={self.delay!r}: give a number of seconds, 0 or more")
         if not isinstance(self.verify, int) or self.verify < 0:
             raise ValueError(f"verify={self.verify!r}: give a number of calls to compare, 0 for none")
+        if not isinstance(self.profit, bool):
+            raise ValueError(f"profit={self.profit!r}: give True or False")
         if self.repro_dir is not None and not isinstance(self.repro_dir, (str, os.PathLike)):
             raise TypeError(f"repro_dir={self.repro_dir!r}: give a folder, or None for the temporary one")
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
@@ -50,7 +53,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read `FRAME_SWAP_WORKERS`, `_WHEN`, `_DELAY`, `_VERIFY` and `_REPRO_DIR`.
+        """Read `FRAME_SWAP_WORKERS`, `_WHEN`, `_DELAY`, `_VERIFY`, `_REPRO_DIR` and `_PROFIT`.
 
         Raises:
             ValueError: naming the variable whose value cannot be used.
@@ -75,6 +78,7 @@ _IN_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "delay": float,
     "verify": int,
     "repro_dir": str,
+    "profit": lambda text: {"0": False, "1": True}.get(text, text),
 }
 
 
@@ -114,6 +118,7 @@ def configure(
     executor: Executor | None = _UNSET,
     verify: int = _UNSET,
     repro_dir: str | None = _UNSET,
+    profit: bool = _UNSET,
 ) -> None:
     """Change settings for graphs captured from now on; what is not named stays as it is.
 
@@ -132,6 +137,8 @@ def configure(
             about four times as long, and memory for copies of inputs and parameters.
         repro_dir: where to write what it takes to repeat a difference that `verify` finds; by default below the
             temporary folder.
+        profit: time the first calls that compiled code could serve, on the pair and on compiled code by turns, and
+            stay on the pair where compiled code is slower by more than the noise (default False).
 
     Raises:
         ValueError, TypeError: a value cannot be used; nothing has changed then.
@@ -144,6 +151,7 @@ def configure(
         "executor": executor,
         "verify": verify,
         "repro_dir": repro_dir,
+        "profit": profit,
     }
     _current = dataclasses.replace(current(), **{k: v for k, v in given.items() if v is not _UNSET})
 

@@ -5,6 +5,8 @@ A module of its own, so that workers can import it.
 
 from __future__ import annotations
 
+import operator
+import time
 from collections.abc import Callable
 
 import torch
@@ -49,18 +51,47 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-class Miscompile(CustomGraphPass):
-    """A pass of Inductor's that puts one operator of ATen in place of another, in forwards and backwards."""
+@torch.library.custom_op("frame_swap_faulty::slowly", mutates_args=())
+def slowly(x: Tensor) -> Tensor:
+    """A copy of `x`, in 10 ms."""
+    time.sleep(0.01)
+    return x.clone()
 
-    def __init__(self, operator: str, other: str) -> None:
-        self.operator = operator
+
+@slowly.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class SlowDown(CustomGraphPass):
+    """A pass of Inductor's that copies slowly what an operator returns, in forwards and backwards."""
+
+    def __init__(self, slowed: str) -> None:
+        self.slowed = slowed
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in list(graph.nodes):
+            if str(node.target) == self.slowed:
+                with graph.inserting_after(node):
+                    copy = graph.call_function(torch.ops.frame_swap_faulty.slowly.default, (node,))
+                copy.meta.update(node.meta)
+                node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+
+    def uuid(self) -> str:
+        return f"slow {self.slowed}"
+
+
+class Miscompile(CustomGraphPass):
+    """A pass of Inductor's that puts one operator in place of another, in forwards and backwards."""
+
+    def __init__(self, wanted: str, other: str) -> None:
+        self.wanted = wanted
         self.other = other
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         for node in graph.nodes:
-            if str(node.target) == self.operator:
-                name, _, overload = self.other.partition(".")
-                node.target = getattr(getattr(torch.ops.aten, name), overload)
+            if str(node.target) == self.wanted:
+                node.target = operator.attrgetter(self.other)(torch.ops)
 
     def uuid(self) -> str:
-        return f"{self.operator} {self.other}"
+        return f"{self.wanted} {self.other}"

@@ -25,6 +25,7 @@ from frame_swap import FrameSwapWarning, State, backend, internals, settings
         ({"workers": 1.5}, "whole number"),
         ({"verify": -1}, "0 for none"),
         ({"verify": 0.5}, "number of calls"),
+        ({"profit": 1}, "True or False"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_and_changes_nothing(values: dict[str, Any], words: str) -> None:
@@ -51,6 +52,7 @@ def test_an_executor_must_be_one() -> None:
         ({"FRAME_SWAP_WORKERS": "many"}, "FRAME_SWAP_WORKERS='many'"),
         ({"FRAME_SWAP_DELAY": "-2"}, "FRAME_SWAP_DELAY='-2'"),
         ({"FRAME_SWAP_VERIFY": "all"}, "FRAME_SWAP_VERIFY='all'"),
+        ({"FRAME_SWAP_PROFIT": "yes"}, "FRAME_SWAP_PROFIT='yes'"),
     ],
 )
 def test_a_variable_that_cannot_be_used_is_named(environ: dict[str, str], words: str) -> None:
@@ -61,7 +63,8 @@ def test_a_variable_that_cannot_be_used_is_named(environ: dict[str, str], words:
 def test_the_environment_sets_what_configure_sets() -> None:
     given = {"when": "manual", "workers": 3, "delay": 0.5, "verify": 2, "repro_dir": "here"}
     environ = {f"FRAME_SWAP_{name.upper()}": str(value) for name, value in given.items()}
-    assert settings.Settings.from_environment(environ) == settings.Settings(**given)
+    environ["FRAME_SWAP_PROFIT"] = "1"
+    assert settings.Settings.from_environment(environ) == settings.Settings(**given, profit=True)
 
 
 def test_the_number_of_workers_follows_the_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +192,7 @@ def test_the_report_is_a_table_and_json() -> None:
     report = frame_swap.wait()
     (row,) = json.loads(json.dumps(report.as_dict()))["regions"]
     columns = "frame compile_id state reason pair_calls ship_s queue_s compile_s load_s install_s"
-    columns += " artifact_bytes late_guards artifacts wrappers verified worker_pid"
+    columns += " artifact_bytes late_guards artifacts wrappers verified profit worker_pid"
     assert set(row) == set(columns.split())
     assert row["state"] == "installed"
     assert row["compile_s"] > 0

@@ -60,9 +60,9 @@ def counts(x: Tensor, calls: Tensor) -> Tensor:
 
 
 PLANTED = {
-    "outputs": (exponential, ("aten.exp.default", "expm1.default"), "output 0: up to 2 off the pair's"),
-    "gradients": (sine, ("aten.cos.default", "sin.default"), "gradient 0: up to"),
-    "mutations": (counts, ("aten.add.Tensor", "sub.Tensor"), "argument 0: up to 2 off the pair's"),
+    "outputs": (exponential, ("aten.exp.default", "aten.expm1.default"), "output 0: up to 2 off the pair's"),
+    "gradients": (sine, ("aten.cos.default", "aten.sin.default"), "gradient 0: up to"),
+    "mutations": (counts, ("aten.add.Tensor", "aten.sub.Tensor"), "argument 0: up to 2 off the pair's"),
 }
 
 
@@ -105,7 +105,7 @@ def test_without_verify_they_go_unnoticed(repro_dir: Path) -> None:
     frame_swap.configure(verify=0)
     compiled = torch.compile(exponential, backend="frame_swap")
     x = torch.rand(3)
-    with miscompiled("aten.exp.default", "expm1.default"):
+    with miscompiled("aten.exp.default", "aten.expm1.default"):
         compiled(x)
         wait_for_all()
         frame_swap.swap()
@@ -193,7 +193,7 @@ def test_random_numbers_are_compared_only_where_they_are_the_same(fallback: bool
 def test_a_wrong_shape_shows_in_spite_of_random_numbers() -> None:
     compiled = torch.compile(lambda x: torch.dropout(x, 0.5, True) < x.exp(), backend="frame_swap")
     x = torch.ones(64)
-    with miscompiled("aten.lt.Tensor", "sub.Tensor"), warnings.catch_warnings():
+    with miscompiled("aten.lt.Tensor", "aten.sub.Tensor"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled(x)
         wait_for_all()
@@ -232,7 +232,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     frame_swap.configure(repro_dir=str(tmp_path / "file"))
     compiled, x = torch.compile(exponential, backend="frame_swap"), torch.rand(3)
-    with miscompiled("aten.exp.default", "expm1.default"), pytest.warns(FrameSwapWarning):
+    with miscompiled("aten.exp.default", "aten.expm1.default"), pytest.warns(FrameSwapWarning):
         compiled(x)
         wait_for_all()
         frame_swap.swap()

@@ -1,0 +1,153 @@
+"""`profit=True`: the first calls after the swap are timed on both sides, and slower code is turned away.
+
+Calls go to the pair and to compiled code by turns, in an order that is drawn, so that neither gets the larger
+inputs by habit. What is timed is the graph's call, and the backward of that call where it has one by the time of
+the verdict: from when autograd's engine enters the graph's node to when it leaves it. On an accelerator both ends
+wait for the device. Calls made while workers compile are not timed, since the pair then leaves them a core.
+
+Medians are compared. The noise of a median is the half-width of a box plot's notch, 1.57 × interquartile range /
+√n (McGill, Tukey and Larsen, "Variations of Box Plots", The American Statistician 32(1), 1978): where two notches
+do not overlap, the medians differ at about the 95% level. Compiled code is turned away where it is slower and they
+do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import internals
+from .trial import Sides, Trial
+
+WARM_UP = 3
+"""Calls of each side that do not count: they allocate, load kernels and fill caches."""
+
+CALLS = 20
+"""Calls of each side that do."""
+
+
+@dataclasses.dataclass
+class _Sample:
+    """Seconds that one call took."""
+
+    forward: float = 0.0
+    backward: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A median with its noise, both in seconds."""
+
+    median: float
+    noise: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Figure:
+        """The figure of at least two measurements."""
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(statistics.median(seconds), 1.57 * (high - low) / math.sqrt(len(seconds)))
+
+    def slower_than(self, other: Figure) -> bool:
+        """Whether by more than the noise of both."""
+        return self.median - self.noise > other.median + other.noise
+
+    def __str__(self) -> str:
+        return f"{self.median * 1e3:.3g} ± {self.noise * 1e3:.2g} ms"
+
+
+class Measurement(Trial):
+    """Whether compiled code is slower than the pair.
+
+    Args:
+        undisturbed: whether timing makes sense now.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, undisturbed: Callable[[], bool], clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__()
+        self._undisturbed = undisturbed
+        self._clock = clock
+        self._random = random.Random(0)
+        self._turns: list[str] = []
+        self._samples: dict[str, list[_Sample]] = {"pair": [], "compiled": []}
+
+    def call(self, sides: Sides, args: Sequence[Any]) -> Any:
+        if not self._undisturbed() or internals.watched_by_mode():
+            return sides.compiled(*args)
+        if not self._turns:
+            self._turns = self._random.sample(["pair", "compiled"], 2)
+        side = self._turns.pop()
+        sample = _Sample()
+        outputs = self._timed(sides.pair if side == "pair" else sides.compiled, args, sample)
+        self._samples[side].append(sample)
+        if all(len(samples) >= WARM_UP + CALLS for samples in self._samples.values()):
+            self._decide()
+        return outputs
+
+    def _timed(self, call: Callable[..., Any], args: Sequence[Any], sample: _Sample) -> Any:
+        devices = {x.device for x in args if isinstance(x, Tensor) and x.device.type != "cpu"}
+        _synchronise(devices)
+        start = self._clock()
+        outputs = call(*args)
+        _synchronise(devices)
+        sample.forward = self._clock() - start
+        if (node := _node_of_graph(outputs)) is not None:
+            self._time_backward(node, devices, sample)
+        return outputs
+
+    def _time_backward(self, node: Any, devices: Iterable[torch.device], sample: _Sample) -> None:
+        start: list[float] = []
+
+        def enter(gradients: Any) -> None:
+            _synchronise(devices)
+            start[:] = [self._clock()]
+
+        def leave(inputs: Any, outputs: Any) -> None:
+            _synchronise(devices)
+            if sample.backward is None and start:
+                sample.backward = self._clock() - start[0]
+
+        for function in (enter, leave):
+            internals.skip_frames(function.__code__)
+        node.register_prehook(enter)
+        node.register_hook(leave)
+
+    def _decide(self) -> None:
+        counted = {side: samples[WARM_UP:] for side, samples in self._samples.items()}
+        whole = {side: [s for s in samples if s.backward is not None] for side, samples in counted.items()}
+        backward = all(len(samples) >= CALLS // 2 for samples in whole.values())
+        chosen = whole if backward else counted
+        seconds = {side: [s.forward + (s.backward or 0.0) * backward for s in chosen[side]] for side in chosen}
+        pair, compiled = Figure.of(seconds["pair"]), Figure.of(seconds["compiled"])
+        what = "forward and backward" if backward else "forward"
+        figures = f"{compiled} a call, the pair's {pair} ({what}, medians of {len(seconds['compiled'])} calls)"
+        self.findings["profit"] = figures
+        self.verdict = f"it is slower than the pair: {figures}" if compiled.slower_than(pair) else ""
+
+
+def _synchronise(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        torch.accelerator.synchronize(device)
+
+
+_DEPTH = 4
+"""How many nodes may stand between an output and the graph's node: views made anew."""
+
+
+def _node_of_graph(outputs: Any) -> Any | None:
+    """AOTAutograd's node in the history of `outputs`, whose backward is the graph's."""
+    nodes: list[Any] = [x.grad_fn for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None]
+    for _ in range(_DEPTH):
+        for node in nodes:
+            if node.name() == "CompiledFunctionBackward":
+                return node
+        nodes = [following for node in nodes for following, _ in node.next_functions if following is not None]
+    return None
