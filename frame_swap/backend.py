@@ -122,18 +122,18 @@ class _Shipment(NamedTuple):
     limit: int  # of compiles for other sizes: as many as Dynamo's recompiles of a frame
     settings: settings.Settings
     graph: torch.fx.GraphModule | None  # Dynamo's, where compiled code is to be verified
+    sizes: dict[str, int] | None = None  # of symbols, by name, where it is not compiled for those at capture
 
 
 def _submit(shipment: _Shipment, sizes: dict[str, int] | None = None, *, deliver: bool = True) -> Job:
-    arrived = functools.partial(_on_outcome, shipment, sizes=sizes) if deliver else None
+    shipment = shipment._replace(sizes=sizes)
+    arrived = functools.partial(_on_outcome, shipment) if deliver else None
     job = service.submit(shipment.parcel.data, arrived, sizes)
     shipment.region.cancel = job.cancel
     return job
 
 
-def _on_outcome(
-    shipment: _Shipment, outcome: Outcome, *, sizes: dict[str, int] | None = None, frame_open: bool = False
-) -> None:
+def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = False) -> None:
     """What a worker sent back has arrived: on the loader thread, or on the user's where Dynamo waits for it."""
     # 5. Compile
     region = shipment.region
@@ -163,7 +163,7 @@ def _on_outcome(
                 prepare = functools.partial(_prepare_install, trampoline.site, compiled, condition)
                 # An open frame has no code yet that could be prepared.
                 install = (lambda: prepare()()) if frame_open else prepare()
-                offer = Offer(compiled, condition, install, tuple(_trials(shipment, compiled, sizes or {})))
+                offer = Offer(compiled, condition, install, tuple(_trials(shipment, compiled)))
         except guards.Inexpressible as error:
             _give_up(region, f"a late guard: {error}", State.REJECTED)
         except FrameGone:
@@ -194,14 +194,14 @@ def _late_condition(
     return codegen.Condition(source, {s.name: at for s, at in shapes.symbols.items() if s in used})
 
 
-def _trials(shipment: _Shipment, compiled: Compiled, sizes: dict[str, int]) -> Iterator[Trial]:
+def _trials(shipment: _Shipment, compiled: Compiled) -> Iterator[Trial]:
     """What compiled code has to pass before it serves alone."""
     if shipment.graph is not None:
         options = {**shipment.parcel.state.configs["inductor"], **shipment.options}
         yield Verification(
             shipment.settings.verify,
             shipment.graph,
-            functools.partial(_keep_repro, shipment, sizes),
+            functools.partial(_keep_repro, shipment),
             same_numbers=bool(options.get("fallback_random", False)),
             has_effects=compiled.has_effects,
         )
@@ -209,9 +209,11 @@ def _trials(shipment: _Shipment, compiled: Compiled, sizes: dict[str, int]) -> I
         yield Measurement(undisturbed=lambda: service.threads_for_program() is None)
 
 
-def _keep_repro(shipment: _Shipment, sizes: dict[str, int], arguments: Sequence[Any], difference: str) -> str:
+def _keep_repro(shipment: _Shipment, arguments: Sequence[Any], difference: str) -> str:
     try:
-        folder = repro.write(shipment.settings.repro_dir, shipment.parcel.data, sizes, arguments, difference)
+        folder = repro.write(
+            shipment.settings.repro_dir, shipment.parcel.data, shipment.sizes or {}, arguments, difference
+        )
     except Exception as error:
         return f"what it takes to repeat that could not be kept: {first_line(error)}"
     return f"to see it again: {repro.command(folder)}"
