@@ -586,9 +586,14 @@ def patch_configs(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
         yield
 
 
+def asks_for_cudagraphs(options: dict[str, Any]) -> bool:
+    """Whether a compile with these changes of Inductor's config is to use CUDA graphs."""
+    return bool(options.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
 def prepare_cudagraphs(options: dict[str, Any]) -> None:
     """Where a compile is to use CUDA graphs: importing their module makes them usable on this thread only."""
-    if options.get("triton.cudagraphs", inductor_config.triton.cudagraphs) and torch.cuda.is_available():
+    if asks_for_cudagraphs(options) and torch.cuda.is_available():
         importlib.import_module("torch._inductor.cudagraph_trees")
 
 

@@ -1,14 +1,17 @@
-"""The pair: AOTAutograd's eager forward and backward of a graph, which serve calls while it compiles."""
+"""The pair: AOTAutograd's eager forward and backward of a graph, which serve calls while it compiles.
+
+Guarantees:
+- A call on the pair changes how many threads the calling thread's ops may use, and puts that back. Not so for
+  threads that start meanwhile, which would keep what `torch.set_num_threads` has set.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import psutil
 import torch
 from functorch.compile import default_partition  # type: ignore[import-untyped]
 
@@ -52,14 +55,16 @@ def _eager(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
 
     def run_beside_workers(args: list[Any]) -> Any:
         threads = service.threads_for_program()
-        if threads is None or threads >= (usual := torch.get_num_threads()):
+        if threads is None or threads >= (usual := torch.get_num_threads()) or (openmp := _openmp()) is None:
             return run(args)
-        torch.set_num_threads(threads)
-        _end_idle_threads()
+        openmp.set_threads(threads)
+        usual_mkl = openmp.set_mkl_threads(threads)
+        openmp.end_idle_threads()
         try:
             return run(args)
         finally:
-            torch.set_num_threads(usual)
+            openmp.set_threads(usual)
+            openmp.set_mkl_threads(usual_mkl)
 
     run_beside_workers._boxed_call = True  # type: ignore[attr-defined]
     return run_beside_workers
@@ -93,17 +98,37 @@ def _uncounted_changes(gm: torch.fx.GraphModule, run: Boxed) -> Boxed:
     return run_uncounted
 
 
-def _end_idle_threads() -> None:
-    """End the OpenMP threads that this thread's earlier ops left spinning on a core (up to 15 ms each time)."""
-    if (openmp := _openmp()) is not None:
-        openmp.omp_pause_resource_all(1)  # omp_pause_soft; concerns the calling thread's team only
+class _OpenMP(NamedTuple):
+    """The libraries that PyTorch's ops get their threads from, as far as they are about the calling thread.
+
+    Attributes:
+        set_threads: the most threads of an op.
+        set_mkl_threads: the same for MKL's, 0 for those of OpenMP; returns what it was.
+        end_idle_threads: end those that this thread's earlier ops left spinning on a core (up to 15 ms each time).
+    """
+
+    set_threads: Callable[[int], object]
+    set_mkl_threads: Callable[[int], int]
+    end_idle_threads: Callable[[], object]
 
 
 @functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    libraries = (m.path for m in psutil.Process().memory_maps() if "omp" in os.path.basename(m.path))
-    for path in libraries:
-        library = ctypes.CDLL(path)
-        if hasattr(library, "omp_pause_resource_all"):
-            return library
+def _openmp() -> _OpenMP | None:
+    """None where PyTorch does not use OpenMP, or one that cannot be found."""
+    usual = torch.get_num_threads()
+    for path in (None, torch._C.__file__):  # one that the program was started with comes before PyTorch's own
+        try:
+            library = ctypes.CDLL(path)
+            set_threads = library.omp_set_num_threads
+            before = library.omp_get_max_threads()
+        except (OSError, TypeError, AttributeError):
+            continue
+        set_threads(before + 1)
+        is_pytorchs = torch.get_num_threads() != usual
+        set_threads(before)
+        if is_pytorchs:
+            set_mkl_threads = getattr(ctypes.CDLL(torch._C.__file__), "MKL_Set_Num_Threads_Local", lambda _: 0)
+            pause = getattr(library, "omp_pause_resource_all", lambda _: 0)
+            omp_pause_soft = 1
+            return _OpenMP(set_threads, set_mkl_threads, functools.partial(pause, omp_pause_soft))
     return None

@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 import frame_swap
 from frame_swap import Region, State
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where tensors are in tests that do not care."""
+
 Wrap = Callable[..., Any]
 """`torch.compile`, or what leaves a function as it is; takes a function or module, and keywords."""
 
@@ -132,6 +135,16 @@ def codes_called(call: Callable[[], Any]) -> list[CodeType]:
     finally:
         sys.setprofile(None)
     return codes
+
+
+def called(call: Callable[[], Any]) -> set[str]:
+    """The qualified names of all Python functions that run during `call`."""
+    return {code.co_qualname for code in codes_called(call)}
+
+
+def is_direct(call: Callable[[], Any]) -> bool:
+    """Whether a call of what was opted in does without `torch.compile`'s wrapper."""
+    return not any(name.endswith(".compile_wrapper") for name in called(call))
 
 
 def wait_for_all() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import assert_same, codes_called, observe
+from helpers import DEVICE, assert_same, codes_called, observe
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -28,11 +28,12 @@ class Case(NamedTuple):
 
 
 def rand() -> tuple[Tensor, ...]:
-    return torch.rand(4, 4), torch.rand(4, 4)
+    return torch.rand(4, 4, device=DEVICE), torch.rand(4, 4, device=DEVICE)
 
 
 def rand_with_grad() -> tuple[Tensor, ...]:
-    return torch.rand(4, 4, requires_grad=True), torch.rand(4, 4, requires_grad=True)
+    x, y = rand()
+    return x.requires_grad_(), y.requires_grad_()
 
 
 def no_leaves() -> tuple[Tensor, ...]:
@@ -40,16 +41,16 @@ def no_leaves() -> tuple[Tensor, ...]:
 
 
 def two_tensors() -> tuple[Tensor, ...]:
-    return (TwoTensor(*rand()).requires_grad_(), torch.rand(4, 4))
+    return TwoTensor(*rand()).requires_grad_(), rand()[0]
 
 
 def overlapping() -> tuple[Tensor, ...]:
-    x = torch.rand(6)
+    x = torch.rand(6, device=DEVICE)
     return x[:4], x[2:]
 
 
 def autocast(x: Tensor, y: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         return x @ y
 
 
@@ -126,8 +127,8 @@ def test_modules_run_with_no_wrapper_left() -> None:
     frame_swap.configure(when="manual")
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.LazyLinear(2)
-    )
-    x = torch.rand(2, 3, 6, 6)
+    ).to(DEVICE)
+    x = torch.rand(2, 3, 6, 6, device=DEVICE)
     model(x)
     compiled = torch.compile(model, backend="frame_swap")
     compiled(x).sum().backward()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, codes_called, observe
+from helpers import assert_same, called, is_direct, observe
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import adaptive_avg_pool2d
@@ -24,8 +24,6 @@ import frame_swap
 from frame_swap import State, internals
 from frame_swap.frames import dispatch
 
-Call = Callable[[], Any]
-
 
 @pytest.fixture(autouse=True)
 def by_hand() -> None:
@@ -35,16 +33,6 @@ def by_hand() -> None:
 def swap() -> None:
     frame_swap.wait()
     assert {region.state for region in frame_swap.swap().regions} == {State.INSTALLED}, frame_swap.report()
-
-
-def called(call: Call) -> set[str]:
-    """The qualified names of all Python functions that run during `call`."""
-    return {code.co_qualname for code in codes_called(call)}
-
-
-def is_direct(call: Call) -> bool:
-    """Whether a call does without `torch.compile`'s wrapper."""
-    return not any(name.endswith(".compile_wrapper") for name in called(call))
 
 
 def f(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Subject, Wrap, through_swap
+from helpers import Subject, Wrap, is_direct, swap_all, through_swap, wait_for_all
+from torch import Tensor
 
 import frame_swap
 from frame_swap import State
@@ -104,6 +105,65 @@ def test_cuda_graphs_of_reduce_overhead(train: bool) -> None:
     for _ in range(5):  # warms up, records, replays
         torch.testing.assert_close(run(compiled), expected, rtol=1e-3, atol=1e-4)
     assert [r.state for r in frame_swap.report().regions] == [State.INSTALLED]
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_cuda_graphs_of_what_is_opted_in(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past `torch.compile`'s wrapper, too, each call is a step: it replays, over the last one's outputs."""
+    frame_swap.configure(when="manual")
+    replays: list[torch.cuda.CUDAGraph] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+
+    def steps(model: torch.nn.Module) -> tuple[list[Tensor], list[tuple[int, str]]]:
+        """Outputs, then parameters; and of each step, how often it replays and what becomes of the last output."""
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        values: list[Tensor] = []
+        seen = []
+        last = None
+        for _ in range(6):  # warms up, records, replays
+            with torch.set_grad_enabled(train):
+                out = model(torch.randn(16, 64, device="cuda"))
+            values.append(out.detach().clone())
+            if train:
+                out.square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            seen.append((len(replays), "" if last is None else fate(last, *values[-2:])))
+            replays.clear()
+            last = out
+        return [*values, *(p.detach().clone() for p in model.parameters())], seen
+
+    def fate(output: Tensor, its_value: Tensor, next_value: Tensor) -> str:
+        try:
+            now = output.detach().clone()
+        except RuntimeError as error:
+            return str(error)
+        return "kept" if torch.equal(now, its_value) else "overwritten" if torch.equal(now, next_value) else "lost"
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8)).cuda()
+    x = torch.randn(16, 64, device="cuda")
+    opted = frame_swap.opt_in(mode="reduce-overhead")(copy.deepcopy(model))
+    stock = torch.compile(copy.deepcopy(model), mode="reduce-overhead")
+    expected, _ = steps(model)
+    stocks, seen_with_stock = steps(stock)
+    torch._dynamo.reset()  # ends stock's graphs
+    with torch.set_grad_enabled(train):
+        opted(x)
+    wait_for_all()
+    (region,) = swap_all()
+    ours, seen = steps(opted)
+
+    assert seen == seen_with_stock
+    assert any("has been overwritten by a subsequent run" in what for _, what in seen)
+    assert [what for _, what in seen[3:]] == ["overwritten"] * 3
+    assert all(count > train for count, _ in seen[2:])  # the backward's, too
+    torch.testing.assert_close(stocks, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    assert region.pair_calls == 1
+    with torch.set_grad_enabled(train):
+        assert is_direct(lambda: opted(x))
 
 
 KERNELS = """

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import assert_same, swap_all, wait_for_all
+from helpers import DEVICE, assert_same, swap_all, wait_for_all
 from torch import Tensor, autograd, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
@@ -89,7 +89,7 @@ def observe(case: Case, backend: str) -> Any:
     torch._dynamo.reset()
     frame_swap.configure(when="manual")
     torch.manual_seed(0)
-    subject = case.subject() if isinstance(case.subject, type) else case.subject
+    subject = case.subject().to(DEVICE) if isinstance(case.subject, type) else case.subject
     call = torch.compile(subject, backend=backend, **case.keywords)
     with NOTHING_CACHED:
         case.scenario(call)
@@ -109,7 +109,7 @@ def observe(case: Case, backend: str) -> Any:
     assert [region.pair_calls for region in regions] == pair_calls, "a pair was called"
     after = ambient()
     torch.set_grad_enabled(True)  # for the tests that come
-    return seen, LOG.copy(), before, after, torch.get_rng_state()
+    return seen, LOG.copy(), before, after, torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
 
 # What is to be seen
@@ -172,7 +172,7 @@ def modes() -> dict[str, bool]:
     return {
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast": torch.is_autocast_enabled(DEVICE),
     }
 
 
@@ -229,7 +229,11 @@ watch.register_autograd(
 
 def numbers(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
     """A leaf whose elements all differ."""
-    return (torch.rand(shape) + 0.5).to(dtype).requires_grad_(grad)
+    return (torch.rand(shape, device=DEVICE) + 0.5).to(dtype).requires_grad_(grad)
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, device=DEVICE)
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
@@ -347,7 +351,7 @@ def inputs_that_need_no_gradient(call: Call) -> Any:
 @case(lambda x, y, index: (x[index] * y.detach(), y > 1))
 def inputs_that_get_no_gradient(call: Call) -> Any:
     x, y = numbers(4), numbers(4)
-    outs = call(x, y * 2, torch.tensor([3, 0, 1, 1]))
+    outs = call(x, y * 2, torch.tensor([3, 0, 1, 1], device=DEVICE))
     outs[0].sum().backward()
     return facts(outs, x.grad, y.grad)
 
@@ -419,7 +423,7 @@ def jacobian(call: Call) -> Any:
     x = numbers(3, 2)
     return facts(
         torch.autograd.functional.jacobian(call, x),
-        torch.autograd.functional.vjp(call, x, torch.ones(2)),
+        torch.autograd.functional.vjp(call, x, ones(2)),
     ), outcome(lambda: torch.autograd.functional.hessian(lambda x: call(x).sum(), x))
 
 
@@ -432,7 +436,7 @@ def gradcheck(call: Call) -> Any:
 def batched_gradients(call: Call) -> Any:
     x, y = numbers(4), numbers(4)
     out = call(x, y)
-    return outcome(lambda: autograd.grad(out, (x, y), torch.eye(4), is_grads_batched=True))
+    return outcome(lambda: autograd.grad(out, (x, y), torch.eye(4, device=DEVICE), is_grads_batched=True))
 
 
 # Tangents
@@ -467,7 +471,7 @@ def tangents_of_a_transposed_output(call: Call) -> Any:
     return tangents_of_any_layout(lambda x, y: call(x, y).t())
 
 
-@case(lambda x: nn.functional.conv2d(x, torch.ones(3, 3, 3, 3)).relu())
+@case(lambda x: nn.functional.conv2d(x, ones(3, 3, 3, 3)).relu())
 def tangents_in_another_memory_format(call: Call) -> Any:
     seen = []
     for of_input in (torch.contiguous_format, torch.channels_last):
@@ -512,13 +516,13 @@ def tangents_that_are_none(call: Call) -> Any:
 @case(product)
 def a_tangent_of_the_wrong_shape(call: Call) -> Any:
     x, y = numbers(4), numbers(4)
-    return error(lambda: call(x, y).backward(torch.ones(3)))
+    return error(lambda: call(x, y).backward(ones(3)))
 
 
 @case(product)
 def a_tangent_of_another_dtype(call: Call) -> Any:
     x, y = numbers(4), numbers(4)
-    call(x, y).backward(torch.ones(4, dtype=torch.float64))
+    call(x, y).backward(ones(4).double())
     return facts(x.grad, y.grad)
 
 
@@ -526,7 +530,7 @@ def a_tangent_of_another_dtype(call: Call) -> Any:
 def a_tangent_of_a_subclass(call: Call) -> Any:
     x, y = numbers(4), numbers(4)
     out = call(x, y)
-    return error(lambda: out.backward(TwoTensor(torch.ones(4), torch.ones(4))))
+    return error(lambda: out.backward(TwoTensor(ones(4), ones(4))))
 
 
 def pairs(x: Tensor) -> TwoTensor:
@@ -537,9 +541,9 @@ def pairs(x: Tensor) -> TwoTensor:
 def subclass_of_tensors(call: Call) -> Any:
     x, y = pairs(numbers(4)), pairs(numbers(4))
     out = call(x, y)
-    out.backward(pairs(torch.ones(4)))
+    out.backward(pairs(ones(4)))
     parts = [(t.a, t.b) for t in (out.detach(), x.grad, y.grad)]
-    failed = error(lambda: call(x, y).backward(torch.ones(4)))
+    failed = error(lambda: call(x, y).backward(ones(4)))
     return facts(parts, out), failed[1].partition("The problematic output")[0]
 
 
@@ -782,7 +786,7 @@ class Counting(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(4)
         self.register_buffer("calls", torch.zeros(()))
-        self.weight = nn.Parameter(torch.ones(4))
+        self.weight = nn.Parameter(ones(4))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.add_(1)
@@ -901,7 +905,7 @@ def hooks_on_saved_tensors_around_the_backward(call: Call) -> Any:
     x, y = numbers(4), numbers(4)
     outs = call(x, y)
     with saved_tensors_hooks(lambda t: pytest.fail("packed"), lambda t: pytest.fail("unpacked")):
-        torch.autograd.backward(outs, [torch.ones(4)] * 3)
+        torch.autograd.backward(outs, [ones(4)] * 3)
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         return facts(x.grad, y.grad, call(x, y))
 
@@ -1003,13 +1007,13 @@ def watched(x: Tensor, y: Tensor) -> Tensor:
 def state_that_operators_run_in(call: Call) -> Any:
     seen = []
     for grad in (True, False):
-        for around in (contextlib.nullcontext(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        for around in (contextlib.nullcontext(), torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16)):
             x, y = numbers(4, 4, grad=grad), numbers(4, 4, grad=False)
             with around:
                 out = call(x, y)
             seen.append(facts(out))
             if out.requires_grad:
-                for around_backward in (around, torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+                for around_backward in (around, torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16)):
                     out = call(x, y)
                     with around_backward:
                         out.backward(out.detach())
@@ -1078,9 +1082,9 @@ def grad_mode_changed_for_good(call: Call) -> Any:
 
 def autocast_inside_too(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     first = x @ y
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(DEVICE, enabled=False):
         second = x @ y
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         third = x @ y
     return first, second, third, watch(x, "cast")
 
@@ -1088,8 +1092,8 @@ def autocast_inside_too(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 @case(autocast_inside_too)
 def autocast_by_turns_and_inside(call: Call) -> Any:
     seen = []
-    for around in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16), contextlib.nullcontext()):
-        for around_backward in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+    for around in (contextlib.nullcontext(), torch.autocast(DEVICE, torch.bfloat16), contextlib.nullcontext()):
+        for around_backward in (contextlib.nullcontext(), torch.autocast(DEVICE, torch.bfloat16)):
             x, y = numbers(4, 4), numbers(4, 4)
             with around:
                 outs = call(x, y)
@@ -1205,7 +1209,7 @@ def random_numbers(call: Call) -> Any:
     x = numbers(64)
     out = call(x)
     out.sum().backward()
-    return facts(out, x.grad, torch.rand(4))
+    return facts(out, x.grad, torch.rand(4, device=DEVICE))
 
 
 @case(dropped, lambda: inductor_config.patch(fallback_random=True))
@@ -1323,7 +1327,7 @@ def functorch_transforms(call: Call) -> Any:
     return [
         outcome(lambda: torch.func.vmap(call)(x, y)),
         outcome(lambda: torch.func.grad(lambda x: call(x, y).sum())(x)),
-        outcome(lambda: torch.func.vjp(call, x, y)[1](torch.ones(3))),
+        outcome(lambda: torch.func.vjp(call, x, y)[1](ones(3))),
         outcome(lambda: torch.func.jvp(call, (x, y), (y, x))),
         outcome(lambda: torch.func.jacrev(call)(x, y)),
         outcome(lambda: torch.func.functionalize(call)(x, y)),
@@ -1334,7 +1338,8 @@ def functorch_transforms(call: Call) -> Any:
 def a_backward_within_a_transform(call: Call) -> Any:
     x, y = numbers(3), numbers(3)
     out = call(x, y)
-    return error(lambda: torch.func.vmap(lambda g: autograd.grad(out, x, g, retain_graph=True)[0])(torch.eye(3)))
+    tangents = torch.eye(3, device=DEVICE)
+    return error(lambda: torch.func.vmap(lambda g: autograd.grad(out, x, g, retain_graph=True)[0])(tangents))
 
 
 @case(Mlp)
@@ -1496,8 +1501,8 @@ def test_peak_memory_is_no_more_than_with_stock(grad: bool) -> None:
 
 @case(product)
 def several_threads(call: Call) -> Any:
-    x = [torch.linspace(i, i + 1, 64).requires_grad_() for i in range(4)]
-    y = torch.linspace(0, 1, 64).requires_grad_()
+    x = [torch.linspace(i, i + 1, 64, device=DEVICE).requires_grad_() for i in range(4)]
+    y = torch.linspace(0, 1, 64, device=DEVICE).requires_grad_()
     autograd.grad(
         call(x[0], y).sum(), (x[0], y)
     )  # stock compiles a backward when it is first called, and not in threads

@@ -67,7 +67,8 @@ def pack(
         _check_options(state.configs | {"options": options})
         definitions = operators.definitions(custom) if custom else None
         kernels = triton_kernels.kernels_of(gm)
-        bare = _bare(gm, inputs, with_lines=state.audience.reads_code)
+        with_lines = state.audience.reads_code or internals.asks_for_cudagraphs(options)
+        bare = _bare(gm, inputs, with_lines=with_lines)
         graph = _pickler().dumps((bare, inputs), internals.GraphPicklerOptions(ops_filter=None))
         return Parcel(pickle.dumps(Opened(graph, state, options, compile_id, definitions, kernels)), state)
     except Unshippable:
@@ -208,7 +209,8 @@ def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None, *, with_lines: b
     """A copy of `gm` without what only this process could mean; the same for the graphs inside it.
 
     Args:
-        with_lines: keep the program's lines, which generated code has in comments. They take more than the rest.
+        with_lines: keep the program's lines, which generated code has in comments, and which CUDA graphs name
+            where an output is read that a later call has overwritten. They take more than the rest.
     """
     graph = Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
     nodes: dict[torch.fx.Node, torch.fx.Node] = {}
