@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,9 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_NUMBERS = ("delay", "job_timeout", "memory_limit", "idle_timeout")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """One consistent set of settings; see `frame_swap.configure` for what each means."""
@@ -26,6 +29,9 @@ class Settings:
     when: When = "ready"
     delay: float = 0.0
     executor: Executor | None = None
+    job_timeout: float = 1800.0
+    memory_limit: float = math.inf
+    idle_timeout: float = 300.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.workers, int) or self.workers < 1:
@@ -36,6 +42,10 @@ class Settings:
             raise ValueError(f"when={self.when!r}: choose one of {choices}{_nearest(str(self.when), known)}")
         if not isinstance(self.delay, (int, float)) or not 0 <= self.delay < math.inf:
             raise ValueError(f"delay={self.delay!r}: give a number of seconds, 0 or more")
+        for name, unit in (("job_timeout", "seconds"), ("memory_limit", "gigabytes"), ("idle_timeout", "seconds")):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{name}={value!r}: give a number of {unit} above 0; math.inf sets no limit")
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
             raise TypeError(
                 f"executor={self.executor!r} has no submit(): give a concurrent.futures.Executor, "
@@ -44,13 +54,14 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read `FRAME_SWAP_WORKERS`, `FRAME_SWAP_WHEN` and `FRAME_SWAP_DELAY`.
+        """Read `FRAME_SWAP_WORKERS`, `FRAME_SWAP_WHEN`, and so on: the setting's name in capitals.
 
         Raises:
             ValueError: naming the variable whose value cannot be used.
         """
         values: dict[str, Any] = {"workers": default_workers()}
-        for name, parse in (("workers", int), ("when", str), ("delay", float)):
+        parsers: list[tuple[str, Callable[[str], Any]]] = [("workers", int), ("when", str)]
+        for name, parse in (*parsers, *((name, float) for name in _NUMBERS)):
             variable = f"FRAME_SWAP_{name.upper()}"
             text = environ.get(variable)
             if not text:
@@ -97,6 +108,9 @@ def configure(
     when: When = _UNSET,
     delay: float = _UNSET,
     executor: Executor | None = _UNSET,
+    job_timeout: float = _UNSET,
+    memory_limit: float = _UNSET,
+    idle_timeout: float = _UNSET,
 ) -> None:
     """Change settings for graphs captured from now on; what is not named stays as it is.
 
@@ -108,13 +122,28 @@ def configure(
             stays on the eager pair.
         delay: seconds for which a finished compile is held back before it is loaded, for tests.
         executor: where compiles run: any `concurrent.futures.Executor` whose workers are other processes.
-            None (default) is frame-swap's own pool.
+            None (default) is frame-swap's own pool, which alone heeds the settings below.
+        job_timeout: seconds that a compile may take in a worker, where that has yet to start its start included;
+            1800 by default. A worker that takes longer is ended and its graph stays on the pair.
+        memory_limit: gigabytes (10^9 bytes) of resident memory that a worker may take together with the compilers
+            that it runs; math.inf by default. One that takes more is ended and its graph stays on the pair.
+            A worker needs half a gigabyte before it compiles anything.
+        idle_timeout: seconds after which a worker with nothing to do ends; 300 by default. The next compile
+            starts it again, which takes seconds.
 
     Raises:
         ValueError, TypeError: a value cannot be used; nothing has changed then.
     """
     global _current
-    given: dict[str, Any] = {"workers": workers, "when": when, "delay": delay, "executor": executor}
+    given: dict[str, Any] = {
+        "workers": workers,
+        "when": when,
+        "delay": delay,
+        "executor": executor,
+        "job_timeout": job_timeout,
+        "memory_limit": memory_limit,
+        "idle_timeout": idle_timeout,
+    }
     _current = dataclasses.replace(current(), **{k: v for k, v in given.items() if v is not _UNSET})
 
 

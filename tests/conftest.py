@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No compiled frames, no regions, default settings, the same random numbers."""
-    for variable in ("WORKERS", "WHEN", "DELAY", "DISABLE"):
+    for variable in ("WORKERS", "WHEN", "DELAY", "DISABLE", "JOB_TIMEOUT", "MEMORY_LIMIT", "IDLE_TIMEOUT"):
         monkeypatch.delenv(f"FRAME_SWAP_{variable}", raising=False)
     settings._current = None
     torch._dynamo.reset()
