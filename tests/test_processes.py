@@ -21,7 +21,7 @@ WATCH = """
     import sys, torch
     compiled_here = []
     def audit(event, args):
-        if event == "subprocess.Popen" and "frame_swap.compiling.worker" not in str(args[1]):
+        if event == "subprocess.Popen":
             compiled_here.append(str(args[1])[:80])
     sys.addaudithook(audit)
     import torch._inductor.compile_fx as inductor

@@ -5,56 +5,67 @@ Guarantees:
   raised; with `Lost`, which says why, where its process was lost; or cancelled, while it had not begun.
 - A process that is lost concerns the call that it ran, and no other. That call is tried again once, in a fresh
   process; not where it went beyond a limit, where nobody wants it any more, or while the pool is being killed.
-- A process may die at any moment, also half-way through a message: nothing here waits for one that is dead.
+- A process may die at any moment: nothing here waits for one that is dead.
 - What ran beside a lost process goes with it: its process group, its folder, its pipes. It is replaced when there
-  is something to do.
-- A process that has nothing to do for `idle_timeout` ends, and so does its thread.
+  is something to do. One that has nothing to do for `idle_timeout` ends.
 - `kill` ends all processes and waits for no call; `retire` lets what was submitted end first.
-- In a forked child `forget_all` closes the child's copies of the pipes and touches no process.
-- Processes and this one talk through two inherited pipes each. Nothing listens, and nobody else can connect.
+- A forked child has none of its parent's processes, and touches none.
+- Processes talk to this one through inherited pipes and through files in a folder that is closed to other users.
 
-Assumed: the pool's lock guards its lists, and is held while a process is started or ended, which takes
-milliseconds. A process is used by its own thread; others only end it.
+Assumed: `_changing` is held while a process is started or ended, and across each fork. That takes milliseconds.
 
-Why no library: the executors of `concurrent.futures` and loky share their pipes among workers and keep both ends
-open. One worker that dies then takes the calls of all along, and the executor waits for ever for the rest of a
-result if it dies while sending it.
+The processes are loky's, and each has an executor of its own: one that dies takes all calls of its executor along.
+loky keeps both ends of its pipes open, so it waits for ever for the rest of a message whose sender has died. Hence
+calls and results are files, and only what is written in one piece goes through the pipes.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import json
 import math
+import multiprocessing.process
 import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import loky
 import psutil
+from loky import process_executor
+
+from . import worker
+from .refusal import first_line
 
 NICENESS = 2
 """How far workers and their compilers stand back behind the program. Where they have a core of their own it does
 not matter. Where they have none, more would starve them: at 10, a program that keeps two cores busy waits for
 its swap for minutes; at 0, its steps take twice as long as at 2 and the swap comes no sooner."""
 
-ENTRY = "from frame_swap.compiling.worker import main; main()"
-"""What a worker process runs."""
-
 GROWTH = 500_000_000
-"""A process that holds so many bytes more than after its first call is replaced: Inductor keeps a lot."""
+"""A process that holds so many bytes more than after one of its calls is replaced: Inductor keeps a lot."""
+
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",  # workers trace with the program's number of threads: who waits must not spin
+    "PYTHONSAFEPATH": "1",  # nothing is imported from the directory that they start in
+    "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",  # loky may replace one while it gets its next call, and warns of it
+}
+
+register_at_exit = getattr(threading, "_register_atexit", atexit.register)
+"""For hooks that run before threads are waited for; the last one first."""
+
+# loky's hook waits for what is pending, and is registered with each executor. Here it comes once, and before the
+# one that ends what is pending, which so runs first.
+register_at_exit(process_executor._python_exit)
+process_executor.process_pool_executor_at_exit = process_executor._python_exit
 
 
 class Terms(NamedTuple):
@@ -74,10 +85,10 @@ class Terms(NamedTuple):
 
 
 class Lost(RuntimeError):
-    """A process ended while it ran a call; the message says how, and what to do.
+    """A call ended with its process; the message says how, and what to do.
 
     Attributes:
-        details: what it left behind for the log.
+        details: what the process left behind for the log.
         again: whether another attempt might end better.
     """
 
@@ -88,53 +99,34 @@ class Lost(RuntimeError):
 
 
 class Process:
-    """One worker process; see `worker.main` for the other side.
+    """A worker process and the folder that it shares with this one; see worker.py for the other side.
 
     Raises:
-        OSError: it could not be started.
+        Exception: it could not be started.
     """
 
     def __init__(self, terms: Terms) -> None:
-        self._lock = threading.Lock()
-        self._running = False  # a call
-        self._overdue = False
-        self._ended = False
-        self._first_size: int | None = None
-        self._ends: list[Connection] = []
-        _all.add(self)
-        request_reader, self._requests = self._pipe()
-        self._replies, reply_writer = self._pipe()
-        handles = (request_reader.fileno(), reply_writer.fileno())
-        search_path = json.dumps([os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)])
-        start = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); {ENTRY}"
-        self.folder = tempfile.mkdtemp(prefix="frame-swap-")  # 0700
+        self.ended = self._running = self._overdue = False
+        self._least = math.inf
+        self._folder = Path(tempfile.mkdtemp(prefix="frame-swap-"))  # 0700
+        arguments = (os.getpid(), NICENESS, terms.compilers, str(self._folder), terms.memory_limit)
         try:
-            self._process = subprocess.Popen(
-                # -P: nothing is imported from the directory that it starts in
-                [sys.executable, "-P", "-c", start, search_path, *map(str, handles)],
-                pass_fds=handles,
-                stdin=subprocess.DEVNULL,
-                # One that outlives its parent and holds its stdout keeps `python train.py | tee log` from ending.
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                # Those that wait in a worker must not spin: it traces with the program's number of threads.
-                env={**os.environ, "OMP_WAIT_POLICY": "passive"},
-                process_group=0,  # with its compilers
+            self._executor = loky.ProcessPoolExecutor(
+                1, initializer=worker.initialize, initargs=arguments, env=ENVIRONMENT
             )
+            self._executor.submit(os.getpid)  # starts it
+            (self._process,) = self._executor._processes.values()
         except BaseException:
-            self.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise
-        request_reader.close()
-        reply_writer.close()
-        self.pid = self._process.pid
-        with contextlib.suppress(OSError):  # gone already: the first call will say so
-            self._requests.send((os.getpid(), NICENESS, terms.compilers, self.folder, terms.memory_limit))
+        # The program may wait for all `multiprocessing.active_children()`: this is none of its.
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
+        self.pid: int = self._process.pid
 
     @property
     def usable(self) -> bool:
         """Whether it may be given another call."""
-        return self._process.poll() is None and not self._overdue and not self._has_grown()
+        return self._process.is_alive() and self._size() - self._least < GROWTH
 
     def run(self, call: bytes, limit: float) -> Any:
         """Have it run a pickled call; returns what that returns.
@@ -143,115 +135,86 @@ class Process:
             limit: seconds that it may take, the start of the process included.
 
         Raises:
-            Lost: the process ended first.
+            Lost: the process ended first, or call or result found no room.
             Exception: what the call raised.
         """
-        alarm = threading.Timer(min(limit, threading.TIMEOUT_MAX), self._expire)
-        alarm.daemon = True
         self._running = True
         try:
-            if limit < math.inf:
-                alarm.start()
-            self._requests.send_bytes(call)
-            result, error = self._replies.recv()
-        except (EOFError, OSError):
+            Path(self._folder, worker.CALL).write_bytes(call)
+            future = self._executor.submit(worker.run)
+            # Not raised, whose traceback would lead in a circle: to this frame, and by way of the executor back.
+            if future.exception(min(limit, threading.TIMEOUT_MAX)) is not None:
+                raise self._loss(limit)
+            failure = future.result()
+        except TimeoutError:
+            self.expire()
             raise self._loss(limit) from None
-        finally:
-            with self._lock:
-                self._running = False
-            alarm.cancel()
-        if error is not None:
-            raise error
-        self._note_first_size()
+        except (process_executor.BrokenProcessPool, process_executor.ShutdownExecutorError):
+            raise self._loss(limit) from None
+        except OSError as error:
+            failure = first_line(error)
+        self._running = False
+        self._least = min(self._least, self._size())
+        if failure:
+            raise Lost(
+                f"{failure}; free some space, or set TMPDIR to a folder on a disk that has some", again=False
+            )
+        with Path(self._folder, worker.RESULT).open("rb") as file:
+            result, raised = pickle.load(file)
+        os.unlink(file.name)
+        if raised is not None:
+            raise raised
         return result
 
-    def end(self) -> None:
-        """End it now, with its compilers, and remove its folder. Its own thread closes the pipes."""
-        self._kill_group()
-        self._process.wait()
-        self._ended = True  # what has its number from now on is another
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def close(self) -> None:
-        """Close the pipes, and nothing else."""
-        for end in self._ends:
-            end.close()
-
-    def forget(self) -> None:
-        """In a forked child: it is the parent's."""
-        self.close()
-        if hasattr(self, "_process"):
-            self._process.returncode = 0  # there is nothing to wait for here
-
-    def _pipe(self) -> tuple[Connection, Connection]:
-        reader, writer = Pipe(duplex=False)
-        self._ends += reader, writer
-        return reader, writer
-
-    def _expire(self) -> None:
-        with self._lock:
-            if not self._running:
-                return
-            self._overdue = True
+    def expire(self) -> None:
+        """End it because its call takes too long."""
+        self._overdue = True
         # The worker's handler writes down where it is, whatever it does, and lets the signal end it.
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
-        self._kill_group()
+        self._process.terminate()
+        self._process.join(timeout=5)
 
-    def _kill_group(self) -> None:
-        # The group outlives a leader that is dead, and keeps its number until the last of them is gone.
-        if not self._ended:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+    def end(self) -> None:
+        """End it now, with its compilers, and remove its folder."""
+        with _changing:
+            if self.ended:
+                return
+            self.ended = True
+            # The group outlives a leader that died just now. Where it died long ago, the number may be another's.
+            if self._running or self._process.is_alive():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            self._executor.shutdown(wait=True, kill_workers=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _loss(self, limit: float) -> Lost:
         # What it has written is text, in a folder of our own.
-        left = {name: _text(Path(self.folder, name)) for name in ("stage", "last_words", "traceback")}
+        stage, last_words, traceback = map(self._left, ("stage", "last_words", "traceback"))
+        stage = stage or "starting"
         self.end()
-        code = self._process.returncode
-        stage = left["stage"] or "starting"
         if self._overdue:
-            reason = f"it was still {stage} after job_timeout={limit:g} s; frame_swap.configure(job_timeout=...)"
-            return Lost(f"{reason} allows it more", left["traceback"], again=False)
-        if left["last_words"]:
-            return Lost(f"{left['last_words']}, while {stage}", left["traceback"], again=False)
-        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        advice = "the logger frame_swap has its traceback at level INFO"
+            advice = "frame_swap.configure(job_timeout=...) allows it more"
+            return Lost(f"it was still {stage} after job_timeout={limit:g} s; {advice}", traceback, again=False)
+        if last_words:
+            return Lost(f"{last_words}, while {stage}", traceback, again=False)
+        code = self._process.exitcode
+        how, advice = f"ended with exit code {code}", "the logger frame_swap has its traceback at level INFO"
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name if -code in set(signal.Signals) else -code}"
         if code == -signal.SIGKILL:
             advice = "if memory ran out, frame_swap.configure(workers=1) needs less of it"
-        return Lost(f"the worker was lost: it {how} while {stage}; {advice}", left["traceback"])
+        return Lost(f"the worker was lost: it {how} while {stage}; {advice}", traceback)
 
-    def _has_grown(self) -> bool:
-        if self._first_size is None:
-            return False
+    def _left(self, name: str) -> str:
         try:
-            size: int = psutil.Process(self.pid).memory_info().rss
+            return Path(self._folder, name).read_text(errors="replace").strip()
+        except OSError:
+            return ""
+
+    def _size(self) -> float:
+        try:
+            return float(psutil.Process(self.pid).memory_info().rss)
         except psutil.Error:
-            return False
-        return size - self._first_size > GROWTH
-
-    def _note_first_size(self) -> None:
-        if self._first_size is None:
-            with contextlib.suppress(psutil.Error):
-                self._first_size = psutil.Process(self.pid).memory_info().rss
-
-
-_all: weakref.WeakSet[Process] = weakref.WeakSet()
-
-
-def forget_all() -> None:
-    """In a forked child: close its copies of all pipes."""
-    for process in list(_all):
-        process.forget()
-
-
-class _Task(NamedTuple):
-    future: Future[Any]
-    call: bytes
-    limit: float
-    wanted: Callable[[], bool]
+            return math.inf
 
 
 class Pool:
@@ -259,25 +222,22 @@ class Pool:
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
-        self._changed = threading.Condition()
-        self._tasks: deque[_Task] = deque()
-        self._processes: dict[threading.Thread, Process | None] = {}
-        self._retired = False
+        # A process inherits what the thread that starts it blocks: Ctrl-C is for the program.
+        block = (signal.SIG_BLOCK, [signal.SIGINT])
+        self._threads = ThreadPoolExecutor(terms.size, "frame-swap-worker", signal.pthread_sigmask, block)
+        self._starts: list[Future[None]] = []
+        self._processes: set[Process] = set()
+        self._free: dict[Process, threading.Timer] = {}  # and what will end them
         self._killed = False
+        _all.add(self)
 
     def start(self) -> None:
-        """Start what processes are missing.
+        """Have the processes that are missing started, and do not wait for it.
 
         Raises:
-            OSError, RuntimeError: there is none, and none could be started.
+            RuntimeError: as for `submit`.
         """
-        with self._changed:
-            try:
-                while len(self._processes) < self.terms.size and not self._killed:
-                    self._hire()
-            except (OSError, RuntimeError):
-                if not self._processes:
-                    raise
+        self._starts = [self._threads.submit(self._start_one) for _ in range(self.terms.size)]
 
     def submit(
         self, call: Callable[[], Any], limit: float = math.inf, wanted: Callable[[], bool] = lambda: True
@@ -289,126 +249,118 @@ class Pool:
             wanted: asked before it is tried again.
 
         Raises:
-            OSError, RuntimeError: no process could be started.
+            RuntimeError: the pool is retired or killed, or there is no thread.
         """
-        task = _Task(Future(), pickle.dumps(call), limit, wanted)
-        with self._changed:
-            if self._killed:
-                raise RuntimeError("the interpreter is shutting down")
-            self.start()
-            self._tasks.append(task)
-            self._changed.notify()
-        return task.future
+        return self._threads.submit(self._run, pickle.dumps(call), limit, wanted)
 
     def pids(self) -> list[int]:
-        """Of the processes that there are."""
-        with self._changed:
-            return [process.pid for process in self._processes.values() if process is not None]
+        """Of the processes that there are, and of those that `start` has yet to start."""
+        futures.wait(self._starts)
+        return [process.pid for process in list(self._processes)]
 
     def retire(self) -> None:
         """End when all that was submitted has ended."""
-        with self._changed:
-            self._retired = True
-            self._changed.notify_all()
+        self._threads.shutdown(wait=False)
+        with _changing:
+            self.terms = self.terms._replace(idle_timeout=min(self.terms.idle_timeout, 1))
+            for process in list(self._free):
+                self._end(process)
 
     def kill(self) -> None:
         """End all processes now."""
-        with self._changed:
-            self._retired = self._killed = True
-            tasks = list(self._tasks)
-            self._tasks.clear()
-            processes = [process for process in self._processes.values() if process is not None]
-            self._changed.notify_all()
-        for task in tasks:
-            task.future.cancel()
-        for process in processes:
-            process.end()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with _changing:
+            self._killed = True
+            for process in list(self._processes):
+                self._end(process)
 
-    def _hire(self) -> None:
-        process = Process(self.terms)
-        thread = threading.Thread(target=self._attend, args=(process,), name="frame-swap-worker", daemon=True)
-        self._processes[thread] = process
+    def _run(self, call: bytes, limit: float, wanted: Callable[[], bool]) -> Any:
         try:
-            thread.start()
-        except RuntimeError:  # out of threads
-            del self._processes[thread]
-            _discard(process)
-            raise
+            return self._run_once(call, limit)
+        except Lost as lost:
+            if not lost.again or not wanted() or self._killed:
+                raise
+        try:
+            return self._run_once(call, limit)
+        except Lost as lost:
+            raise Lost(f"{lost} (tried twice)", lost.details) from None
 
-    def _attend(self, process: Process | None) -> None:
-        while (task := self._next(process)) is not None:
-            process = self._serve(task, process)
-            del task  # with the call, and what it returned
+    def _run_once(self, call: bytes, limit: float) -> Any:
+        try:
+            process = self._take()
+        except Exception as error:
+            raise Lost(f"no worker could be started: {first_line(error)}") from error
+        try:
+            return process.run(call, limit)
+        finally:
+            self._give_back(process)
 
-    def _next(self, process: Process | None) -> _Task | None:
-        """Wait for something to do; where there is nothing, the process ends, and None."""
-        me = threading.current_thread()
-        with self._changed:
-            self._processes[me] = process
+    def _start_one(self) -> None:
+        with _changing:
+            if len(self._processes) < self.terms.size:
+                with contextlib.suppress(Exception):  # the first call will say so
+                    self._give_back(self._take_fresh())
+
+    def _take(self) -> Process:
+        with _changing:
+            while self._free:
+                process, alarm = self._free.popitem()
+                alarm.cancel()
+                if process.usable:
+                    return process
+                self._end(process)
+            return self._take_fresh()
+
+    def _take_fresh(self) -> Process:
+        if self._killed:
+            raise RuntimeError("the interpreter is shutting down")
+        process = Process(self.terms)
+        self._processes.add(process)
+        return process
+
+    def _give_back(self, process: Process) -> None:
+        with _changing:
+            if process.ended or self._killed:
+                return self._end(process)
             idle = min(self.terms.idle_timeout, threading.TIMEOUT_MAX)
-            self._changed.wait_for(lambda: self._tasks or self._retired, idle)
-            if self._tasks:
-                return self._tasks.popleft()
-            del self._processes[me]
-            if process is not None:
-                _discard(process)
-            return None
+            alarm = self._free[process] = threading.Timer(idle, self._end_free, [process])
+            alarm.daemon = True
+            with contextlib.suppress(RuntimeError):  # out of threads: then it stays
+                alarm.start()
 
-    def _serve(self, task: _Task, process: Process | None) -> Process | None:
-        """Run a task, which may take a second attempt; returns the process that is there now."""
-        if not task.future.set_running_or_notify_cancel():
-            return process
-        attempts = 0
-        while True:
-            attempts += 1
-            try:
-                process = self._usable(process)
-                result = process.run(task.call, task.limit)
-            except Lost as lost:
-                if process is not None:
-                    _discard(process)
-                    process = None
-                if lost.again and attempts == 1 and task.wanted() and not self._killed:
-                    continue
-                tried = f"{lost} (tried twice)" if attempts > 1 else str(lost)
-                task.future.set_exception(Lost(tried, lost.details))
-            except BaseException as error:
-                task.future.set_exception(error)
-            else:
-                task.future.set_result(result)
-            return process
+    def _end_free(self, process: Process) -> None:
+        with _changing:
+            if process in self._free:
+                self._end(process)
 
-    def _usable(self, process: Process | None) -> Process:
-        """`process`, or a fresh one in its place."""
-        if process is not None:
-            if process.usable:
-                return process
-            _discard(process)
-        with self._changed:  # `kill` finds it on the list, or it is not started
-            if self._killed:
-                raise Lost("the interpreter is shutting down", again=False)
-            try:
-                fresh = Process(self.terms)
-            except OSError as error:
-                raise Lost(f"no worker could be started: {error}") from error
-            self._processes[threading.current_thread()] = fresh
-            return fresh
+    def _end(self, process: Process) -> None:
+        self._processes.discard(process)
+        if alarm := self._free.pop(process, None):
+            alarm.cancel()
+        process.end()
 
 
-def _discard(process: Process) -> None:
-    process.end()
-    process.close()
+_changing = threading.RLock()
+"""Guards the lists of all pools. A fork in between would copy loky's locks as they are, and the end of a pipe whose
+closing tells of a process that died."""
+
+_all: weakref.WeakSet[Pool] = weakref.WeakSet()
+_parents: list[Pool] = []
+"""In a forked child. An executor that is freed would wake its thread."""
 
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+def kill_all() -> None:
+    """End the processes of all pools, of those that are retired, too."""
+    for pool in list(_all):
+        pool.kill()
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
+def _forget() -> None:
+    _parents.extend(_all)
+    _all.clear()
+    process_executor._threads_wakeups.clear()
+    _changing.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_forget)

@@ -19,7 +19,6 @@ user's executor guarantees is its own affair: nothing is tried again there.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import logging
@@ -35,7 +34,7 @@ from typing import Any
 
 from .. import settings
 from . import artifact, worker
-from .pool import Lost, Pool, Terms, forget_all
+from .pool import Lost, Pool, Terms, kill_all, register_at_exit
 from .refusal import first_line
 from .worker import Outcome
 
@@ -93,7 +92,7 @@ class Service:
     """Sends parcels to an executor and outcomes to whoever asked."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pool: Pool | None = None
         self._compiling = 0  # jobs in our own workers
         self._loader: ThreadPoolExecutor | None = None
@@ -152,20 +151,19 @@ class Service:
         """End the workers now, without waiting for what they compile."""
         with self._lock:
             self._stopped = True
-            pool, self._pool = self._pool, None
+            self._pool = None
             loader, self._loader = self._loader, None
         if loader is not None:
             loader.shutdown(wait=False, cancel_futures=True)
-        if pool is not None:
-            pool.kill()
+        kill_all()
 
     def forget(self) -> None:
         """In a forked child: start over, leaving the parent's workers to the parent."""
         self.__init__()  # type: ignore[misc]
-        forget_all()
 
     def _submit_to_pool(self, call: Callable[[], Any], wanted: Callable[[], bool] = lambda: True) -> Future[Any]:
-        return self._own_pool().submit(call, settings.current().job_timeout, wanted)
+        with self._lock:  # nobody else retires it in between
+            return self._own_pool().submit(call, settings.current().job_timeout, wanted)
 
     def _own_pool(self) -> Pool:
         wished = settings.current()
@@ -258,10 +256,8 @@ service = Service()
 
 @functools.cache
 def _stop_at_exit() -> None:
-    # concurrent.futures waits for its work in a hook that runs before `atexit`'s. Hooks run last in, first out, so
-    # ours comes before that, as long as it is registered after it: hence not at import.
-    register = getattr(threading, "_register_atexit", atexit.register)
-    register(service.stop)
+    # Hooks run last in, first out: this one before those of concurrent.futures and loky, which wait for their work.
+    register_at_exit(service.stop)
 
 
 if hasattr(os, "register_at_fork"):

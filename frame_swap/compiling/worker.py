@@ -3,9 +3,10 @@
 Nothing here imports torch at the top: a worker first lowers its priority, and only then pays for the import.
 
 Guarantees:
-- `initialize` returns once the worker is nice, deaf to Ctrl-C and watched: when the program's process is gone,
-  however it went, the worker ends itself and its compilers, and removes its folder. So it does when it holds more
-  memory than it may, compilers included.
+- `initialize` returns once the worker is nice, in a process group of its own, and watched: when the program's
+  process is gone, however it went, the worker ends itself and its compilers, and removes its folder. When it holds
+  more memory than it may, compilers included, it ends itself, too.
+- `run` raises nothing, and what it returns is short. A result is in the worker's folder as a whole, or not at all.
 - `compile_graph` raises nothing: a failure comes back as an `Outcome` with `error` set.
 - Each compile begins with the settings of its own parcel.
 - An artifact that is sent has been loaded once, here.
@@ -25,12 +26,10 @@ import pickle
 import select
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -69,30 +68,34 @@ _LISTENERS = ("TORCH_LOGS", "TORCH_LOGS_OUT", "TORCH_TRACE", "TORCH_DTRACE")
 """What the program listens to is in each parcel, and its files are its own: see echo.py."""
 
 
-def main() -> None:
-    """A worker process of `pool.Process`: run calls and send back what they return, until the pipe is closed."""
-    handles = [int(handle) for handle in sys.argv[2:]]
-    for handle in handles:
-        os.set_inheritable(handle, False)
-    requests, replies = Connection(handles[0], writable=False), Connection(handles[1], readable=False)
+CALL, RESULT = "call", "result"
+"""Files in the worker's folder: what it is to run, and a pair of what that returned and what it raised."""
+
+
+def run() -> str:
+    """Run the call that lies in this worker's folder, and put its result there; how that failed, or ""."""
+    folder = Path(_folder)
+    result: tuple[Any, BaseException | None]
     try:
-        initialize(*requests.recv())
-        while True:
-            call = requests.recv()
-            reply: tuple[Any, Exception | None]
-            try:
-                reply = call(), None
-            except Exception as error:
-                reply = None, error
-            _note("sending its result")
-            replies.send(reply)
-            del call, reply
-            _note("idle")
-    except EOFError:
-        _end()
-    except BaseException:
-        _leave("traceback", traceback.format_exc())
-        os._exit(1)
+        call = pickle.loads((folder / CALL).read_bytes())
+        os.unlink(folder / CALL)
+        try:
+            result = call(), None
+        except BaseException as error:
+            result = None, error
+        _note("sending its result")
+        _send(result)
+        _note("idle")
+    except BaseException as error:
+        return first_line(error)[:500]  # it must go through the pipe in one piece
+    return ""
+
+
+def _send(result: tuple[Any, BaseException | None]) -> None:
+    unfinished = Path(_folder, f"{RESULT}.unfinished")
+    with unfinished.open("wb") as file:
+        pickle.dump(result, file)
+    unfinished.rename(Path(_folder, RESULT))
 
 
 def initialize(parent: int, niceness: int, compiler_threads: int, folder: str, memory_limit: float) -> None:
@@ -104,27 +107,36 @@ def initialize(parent: int, niceness: int, compiler_threads: int, folder: str, m
         folder: its own, for what it leaves behind.
         memory_limit: bytes that it may hold, with its compilers.
     """
-    global _folder
+    global _folder, _traceback_file  # which stays open
     _folder = folder
     _note("importing torch")
-    with contextlib.suppress(OSError):  # not permitted to change priority: then not
-        os.nice(niceness)
-    os.umask(0o077)  # what is written into caches is for nobody else
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), name="frame-swap-watch", daemon=True).start()
-    if memory_limit < math.inf:
-        watch = threading.Thread(target=_end_beyond, args=(memory_limit,), name="frame-swap-memory", daemon=True)
-        watch.start()
-    global _traceback_file  # stays open
-    _traceback_file = open(os.path.join(folder, "traceback"), "w")  # noqa: SIM115
-    faulthandler.enable(_traceback_file)
-    faulthandler.register(signal.SIGTERM, _traceback_file, chain=True)
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(compiler_threads)
-    for variable in _LISTENERS:
-        os.environ.pop(variable, None)
-    _allow_caches()
-
-    _import_torch()
+    try:
+        with contextlib.suppress(OSError):  # not permitted to change priority: then not
+            os.nice(niceness)
+        os.setpgid(0, 0)  # with its compilers
+        os.umask(0o077)  # what is written into caches is for nobody else
+        # One that outlives its parent and holds its stdout keeps `python train.py | tee log` from ending.
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for standard in range(3):
+            os.dup2(nowhere, standard)
+        threading.Thread(target=_end_with, args=(parent,), name="frame-swap-watch", daemon=True).start()
+        if memory_limit < math.inf:
+            watch = threading.Thread(
+                target=_end_beyond, args=(memory_limit,), name="frame-swap-memory", daemon=True
+            )
+            watch.start()
+        _traceback_file = open(os.path.join(folder, "traceback"), "w")  # noqa: SIM115
+        faulthandler.enable(_traceback_file)
+        faulthandler.register(signal.SIGTERM, _traceback_file, chain=True)
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(compiler_threads)
+        for variable in _LISTENERS:
+            os.environ.pop(variable, None)
+        _allow_caches()
+        _import_torch()
+    except BaseException as error:
+        _note(f"importing torch: {first_line(error)}")
+        _leave("traceback", traceback.format_exc())
+        os._exit(1)
 
 
 def _import_torch() -> None:
@@ -145,7 +157,7 @@ def _import_torch() -> None:
 
 
 _folder = ""
-"""This worker's own; "" in an executor that is not ours."""
+"""This worker's own, which only this user can open; "" in an executor that is not ours."""
 
 _traceback_file: Any = None
 
