@@ -217,11 +217,14 @@ class Process:
             return Lost(f"{reason} allows it more", left["traceback"], again=False)
         if left["last_words"]:
             return Lost(f"{left['last_words']}, while {stage}", left["traceback"], again=False)
-        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        how = f"was killed by {_signal_name(-code)} while {stage}"
         advice = "the logger frame_swap has its traceback at level INFO"
         if code == -signal.SIGKILL:
             advice = "if memory ran out, frame_swap.configure(workers=1) needs less of it"
-        return Lost(f"the worker was lost: it {how} while {stage}; {advice}", left["traceback"])
+        elif code >= 0:
+            raised = left["traceback"].rpartition("\n")[2]
+            how = f"ended with exit code {code} while {stage}{': ' * bool(raised)}{raised}"
+        return Lost(f"the worker was lost: it {how}; {advice}", left["traceback"])
 
     def _has_grown(self) -> bool:
         if self._first_size is None:
