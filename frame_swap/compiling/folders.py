@@ -110,9 +110,17 @@ def keep_temporary_files_in(folder: str) -> None:
 
 def _check_cache(folder: str, *, ours: bool) -> None:
     _make(folder)
-    check(folder)
-    if ours and os.stat(folder).st_mode & _OTHERS:
+    found = os.stat(folder)
+    # `torch.compile` itself makes the default folder, as the umask says.
+    empty = ours and found.st_uid == os.geteuid() and not os.listdir(folder)
+    if not empty:
+        check(folder)
+    if ours:
         os.chmod(folder, stat.S_IRWXU)
+    if empty:
+        if os.listdir(folder):  # in between
+            os.chmod(folder, stat.S_IMODE(found.st_mode))
+        check(folder)
 
 
 def _make(folder: str) -> None:

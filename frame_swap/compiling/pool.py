@@ -59,6 +59,8 @@ ENVIRONMENT = {
     "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",  # loky may replace one while it gets its next call, and warns of it
 }
 
+_SIGNALS = set(signal.Signals)
+
 register_at_exit = getattr(threading, "_register_atexit", atexit.register)
 """For hooks that run before threads are waited for; the last one first."""
 
@@ -197,12 +199,14 @@ class Process:
         if last_words:
             return Lost(f"{last_words}, while {stage}", traceback, again=False)
         code = self._process.exitcode
-        how, advice = f"ended with exit code {code}", "the logger frame_swap has its traceback at level INFO"
+        how, raised = f"ended with exit code {code} while {stage}", traceback.rpartition("\n")[2]
+        advice = "the logger frame_swap has its traceback at level INFO"
         if code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name if -code in set(signal.Signals) else -code}"
-        if code == -signal.SIGKILL:
-            advice = "if memory ran out, frame_swap.configure(workers=1) needs less of it"
-        return Lost(f"the worker was lost: it {how} while {stage}; {advice}", traceback)
+            number, raised = -code, ""
+            how = f"was killed by {signal.Signals(number).name if number in _SIGNALS else number} while {stage}"
+            if number == signal.SIGKILL:
+                advice = "if memory ran out, frame_swap.configure(workers=1) needs less of it"
+        return Lost(f"the worker was lost: it {': '.join(filter(None, (how, raised)))}; {advice}", traceback)
 
     def _left(self, name: str) -> str:
         try:

@@ -133,8 +133,7 @@ def initialize(parent: int, niceness: int, compiler_threads: int, folder: str, m
             os.environ.pop(variable, None)
         _allow_caches()
         _import_torch()
-    except BaseException as error:
-        _note(f"importing torch: {first_line(error)}")
+    except BaseException:
         _leave("traceback", traceback.format_exc())
         os._exit(1)
 
