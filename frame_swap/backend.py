@@ -139,6 +139,8 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
     region = shipment.region
     region.record_compile(outcome.submitted, outcome.started, outcome.finished, outcome.pid)
     echo.replay(outcome.echo, region.compile_id or None)
+    for remark in outcome.remarks:
+        _warn_once(remark)
     if outcome.artifact is None:
         log.info("frame-swap: compile of %s failed\n%s", region, outcome.details)
         _give_up(region, f"its compile failed: {outcome.error}")
@@ -166,6 +168,8 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
                 offer = Offer(compiled, condition, install, tuple(_trials(shipment, compiled)))
         except guards.Inexpressible as error:
             _give_up(region, f"a late guard: {error}", State.REJECTED)
+        except artifact.Unusable as error:
+            _give_up(region, str(error), State.REJECTED)
         except FrameGone:
             region.abandon()
         except Exception as error:
@@ -258,6 +262,12 @@ def _compile_in_foreground(
     region.settle(State.FOREGROUND, reason)
     with region.timed("compile_s"):
         return internals.stock_inductor(gm, example_inputs, changes)
+
+
+@functools.cache
+def _warn_once(remark: str) -> None:
+    with contextlib.suppress(Warning):  # a filter may turn it into an error, which must not reach anything
+        warnings.warn(f"frame-swap: {remark}", FrameSwapWarning, stacklevel=2)
 
 
 @functools.cache

@@ -26,6 +26,9 @@ class Settings:
     when: When = "ready"
     delay: float = 0.0
     executor: Executor | None = None
+    job_timeout: float = 1800.0
+    memory_limit: float = math.inf
+    idle_timeout: float = 300.0
     verify: int = 0
     repro_dir: str | None = None
     profit: bool = False
@@ -39,6 +42,10 @@ class Settings:
             raise ValueError(f"when={self.when!r}: choose one of {choices}{_nearest(str(self.when), known)}")
         if not isinstance(self.delay, (int, float)) or not 0 <= self.delay < math.inf:
             raise ValueError(f"delay={self.delay!r}: give a number of seconds, 0 or more")
+        for name, unit in (("job_timeout", "seconds"), ("memory_limit", "gigabytes"), ("idle_timeout", "seconds")):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{name}={value!r}: give a number of {unit} above 0; math.inf sets no limit")
         if not isinstance(self.verify, int) or self.verify < 0:
             raise ValueError(f"verify={self.verify!r}: give a number of calls to compare, 0 for none")
         if not isinstance(self.profit, bool):
@@ -53,7 +60,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read `FRAME_SWAP_WORKERS`, `_WHEN`, `_DELAY`, `_VERIFY`, `_REPRO_DIR` and `_PROFIT`.
+        """Read `FRAME_SWAP_WORKERS`, `FRAME_SWAP_WHEN`, and so on: the setting's name in capitals.
 
         Raises:
             ValueError: naming the variable whose value cannot be used.
@@ -76,6 +83,9 @@ _IN_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "workers": int,
     "when": str,
     "delay": float,
+    "job_timeout": float,
+    "memory_limit": float,
+    "idle_timeout": float,
     "verify": int,
     "repro_dir": str,
     "profit": lambda text: {"0": False, "1": True}.get(text, text),
@@ -116,6 +126,9 @@ def configure(
     when: When = _UNSET,
     delay: float = _UNSET,
     executor: Executor | None = _UNSET,
+    job_timeout: float = _UNSET,
+    memory_limit: float = _UNSET,
+    idle_timeout: float = _UNSET,
     verify: int = _UNSET,
     repro_dir: str | None = _UNSET,
     profit: bool = _UNSET,
@@ -130,7 +143,14 @@ def configure(
             stays on the eager pair.
         delay: seconds for which a finished compile is held back before it is loaded, for tests.
         executor: where compiles run: any `concurrent.futures.Executor` whose workers are other processes.
-            None (default) is frame-swap's own pool.
+            None (default) is frame-swap's own workers, which alone heed the next three settings.
+        job_timeout: seconds that a compile may take in a worker, where that has yet to start its start included;
+            1800 by default. A worker that takes longer is ended and its graph stays on the pair.
+        memory_limit: gigabytes (10^9 bytes) of resident memory that a worker may take together with the compilers
+            that it runs; math.inf by default. One that takes more is ended and its graph stays on the pair.
+            A worker needs half a gigabyte before it compiles anything.
+        idle_timeout: seconds after which a worker with nothing to do ends; 300 by default. The next compile
+            starts it again, which takes seconds.
         verify: how many calls of each graph to make twice before compiled code serves it, by the pair and by
             compiled code, on copies of the inputs (default 0). Outputs, gradients and changed inputs are compared
             as PyTorch's accuracy checks do; a graph for which they differ stays on its pair. Such a call takes
@@ -149,6 +169,9 @@ def configure(
         "when": when,
         "delay": delay,
         "executor": executor,
+        "job_timeout": job_timeout,
+        "memory_limit": memory_limit,
+        "idle_timeout": idle_timeout,
         "verify": verify,
         "repro_dir": repro_dir,
         "profit": profit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No compiled frames, no regions, default settings, the same random numbers."""
-    for variable in ("WORKERS", "WHEN", "DELAY", "DISABLE", "VERIFY", "PROFIT", "REPRO_DIR"):
+    for variable in ("DISABLE", *(field.name.upper() for field in dataclasses.fields(settings.Settings))):
         monkeypatch.delenv(f"FRAME_SWAP_{variable}", raising=False)
     settings._current = None
     torch._dynamo.reset()

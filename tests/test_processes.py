@@ -14,10 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 import frame_swap
-from frame_swap import FrameSwapWarning, State, backend
 
 WATCH = """
     import sys, torch
@@ -148,24 +146,6 @@ def test_workers_start_when_the_backend_is_named_and_not_before(run_program: Any
         """
     )
     assert done.stdout.split() == ["0", str(frame_swap.settings.default_workers())]
-
-
-def test_a_lost_worker_fails_its_region_and_the_pool_mends_itself() -> None:
-    backend.service.start()
-    for pid in backend.service.worker_pids():
-        os.kill(pid, signal.SIGSTOP)  # so that none finishes first
-    torch.compile(lambda x: x.sin() + 1, backend="frame_swap")(torch.randn(4))
-    with pytest.warns(FrameSwapWarning, match="worker was lost"):
-        for pid in backend.service.worker_pids():
-            os.kill(pid, signal.SIGKILL)
-        (lost,) = frame_swap.wait().regions
-    assert lost.state is State.FAILED
-    x = torch.randn(4)
-    compiled = torch.compile(lambda x: x.sin() + 2, backend="frame_swap")
-    compiled(x)
-    frame_swap.wait()
-    torch.testing.assert_close(compiled(x), x.sin() + 2)
-    assert frame_swap.report().regions[1].state is State.INSTALLED
 
 
 def test_a_forked_child_goes_on_with_the_pair(run_program: Any) -> None:

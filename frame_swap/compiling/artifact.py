@@ -1,13 +1,22 @@
-"""Artifacts: packed in a worker, and made callable in the calling process, as `compile_fx` would have done here."""
+"""Artifacts: packed in a worker, and made callable in the calling process, as `compile_fx` would have done here.
+
+An artifact is a line of JSON, which says what the rest is and for what, and a pickle. Nothing of the pickle is read
+unless it is whole and made for a process like this one.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import pickle
+import sys
 from typing import Any
 
+import torch
+
 from .. import internals
-from . import echo, libraries
+from . import echo, folders, libraries
 from .direct import Compiled, Replacement
 from .process_state import ProcessState
 
@@ -37,11 +46,83 @@ class Deferred:
         return pickle.loads(self._pickled).deserialize()
 
 
+class Unusable(Exception):
+    """An artifact is not for this process; the message says why, and what to do."""
+
+
+_FORMAT = 1
+
+
+def _made_for() -> dict[str, Any]:
+    """What code that this process compiles can be used with."""
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "frame-swap artifact": _FORMAT,
+        "torch": str(torch.__version__),
+        "python": sys.implementation.cache_tag,
+        "architecture": capabilities.get("architecture"),
+        # Inductor's C++ is compiled for the machine's own instruction set, whatever it vectorises for.
+        "instructions": sorted(name for name, there in capabilities.items() if there is True),
+    }
+
+
+def seal(content: bytes) -> bytes:
+    """The artifact that `content` becomes: what it was made for, its length and its digest come first."""
+    header = {**_made_for(), "length": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return json.dumps(header).encode() + b"\n" + content
+
+
+def unseal(artifact: bytes) -> memoryview:
+    """The content of what `seal` made, of which nothing has been interpreted yet.
+
+    Raises:
+        Unusable: it is damaged, or made for something else.
+    """
+    end = artifact.find(b"\n", 0, 1 << 16)
+    try:
+        header = json.loads(artifact[:end]) if end >= 0 else None
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or "frame-swap artifact" not in header:
+        raise Unusable(f"its artifact does not begin as one does; {_ONCE_MORE}")
+    if header["frame-swap artifact"] != _FORMAT:
+        raise Unusable(f"its artifact is of another frame-swap; {_ALIKE}")
+    content = memoryview(artifact)[end + 1 :]
+    if len(content) != header.get("length"):
+        raise Unusable(f"its artifact is not whole: {len(content)} of {header.get('length')} bytes; {_ONCE_MORE}")
+    if hashlib.sha256(content).hexdigest() != header.get("sha256"):
+        raise Unusable(f"its artifact was changed after it was made; {_ONCE_MORE}")
+    here = _made_for()
+    for name in ("torch", "python", "architecture"):
+        if header.get(name) != here[name]:
+            raise Unusable(f"its artifact was made for {name} {header.get(name)}, here is {here[name]}; {_ALIKE}")
+    lacking = sorted({*header.get("instructions", ())} - {*here["instructions"]})
+    if lacking:
+        raise Unusable(f"its artifact was made for a CPU with {', '.join(lacking)}, which this lacks; {_ALIKE}")
+    return content
+
+
+_ONCE_MORE = "the next run compiles it again"
+_ALIKE = "let compiles run on this machine with this installation, as with frame_swap.configure(executor=None)"
+
+
 def pack(entry: Any, kernels: libraries.Libraries) -> bytes:
     """The artifact of an AOTAutograd cache entry, in which a compile's result is bundled, and of its kernels."""
     if entry.serialized_bw_module is not None:
         entry.serialized_bw_module = Deferred(entry.serialized_bw_module)
-    return pickle.dumps((entry, kernels))
+    return seal(pickle.dumps((entry, kernels)))
+
+
+def try_out(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> None:
+    """Load an artifact in the worker that made it, so that one which crashes a process crashes that.
+
+    What Inductor remembers of it is forgotten again.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    known = len(PyCodeCache.modules)
+    load(artifact, state, options, guarded=True)
+    del PyCodeCache.modules[known:]
 
 
 def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guarded: bool) -> Compiled:
@@ -54,15 +135,19 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guard
         options: changes of Inductor's config, as `settings.inductor_options` has them.
         guarded: whether each call finds grad mode as it was at capture, as a frame's guards make sure.
 
+    Raises:
+        Unusable: it is damaged, or made for something else; nothing of it has been unpickled.
+
     PyTorch's own `deserialize_bundled_cache_entry` does the same and copies the entry to be able to serialise
     it again, which we never do.
     """
+    content = unseal(artifact)
     config = internals.inductor_config.patch({**state.configs["inductor"], **options})
-    with internals.compile_lock, state.applied_to_thread(), config:
+    with internals.compile_lock, state.applied_to_thread(), config, folders.safe_caches():
         from torch._inductor.cudagraph_utils import BoxedDeviceIndex
         from torch._inductor.utils import BoxedBool
 
-        entry, kernels = pickle.loads(artifact)
+        entry, kernels = pickle.loads(content)
         entry.guards_expr = None  # late guards are ours: see guards/
         _forget_totals(entry)
         fake_mode = internals.FakeTensorMode(shape_env=internals.ShapeEnv())

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from . import folders
 
 Libraries = dict[str, bytes]
 """Shared libraries by the digest of what they were compiled from."""
@@ -52,7 +53,7 @@ def supplied(libraries: Libraries) -> Iterator[None]:
     Process-wide, so only under Dynamo's compile lock.
 
     Raises:
-        NotInArtifact: from within the block.
+        NotInArtifact, folders.Unsafe, OSError: from within the block.
     """
     from torch._inductor.codecache import CppCodeCache
 
@@ -61,12 +62,11 @@ def supplied(libraries: Libraries) -> Iterator[None]:
         if digest not in libraries:
             raise NotInArtifact(f"a {device_type} kernel of {len(main_code)} characters")
         # Once it is mapped, the library needs no file.
-        with tempfile.NamedTemporaryFile(suffix=".so", delete=False) as file:
-            file.write(libraries[digest])
-        try:
-            library = cls._load_library(file.name, digest)
-        finally:
-            os.unlink(file.name)
+        with tempfile.TemporaryDirectory(prefix="frame-swap-") as folder:  # 0700
+            folders.check(folder)
+            file = Path(folder, f"{digest}.so")
+            file.write_bytes(libraries[digest])
+            library = cls._load_library(str(file), digest)
         return lambda: library
 
     with mock.patch.object(CppCodeCache, "load_async", classmethod(load_async)):

@@ -3,19 +3,22 @@
 Guarantees:
 - `submit` does not wait for a compile and does not raise: what goes wrong reaches `deliver`, or who waits, as
   an `Outcome` with `error` set.
+- A worker that is lost fails the compile that it ran, at the second attempt, and no other: see pool.py.
 - `deliver` is called at most once per job, always on the loader thread, one at a time. It is not called for a
   job that was cancelled in time, nor while the interpreter exits.
-- `Job.cancel` never waits. A compile that has begun runs on in its worker; its outcome is dropped.
+- `Job.cancel` never waits. A compile that has begun runs on in its worker; its outcome is dropped, and there is no
+  second attempt.
+- Once an outcome is delivered, or its job cancelled, nothing here holds it: the artifact's bytes may go.
 - At exit nothing is waited for: workers are killed together with their compilers.
 - A forked child starts with no workers and no jobs of its parent's; it gets workers of its own when it needs
   them. The parent's are not touched.
 
-Assumed: one lock guards the pool and the loader; neither is used while it is held, except to create them.
+Assumed: one lock guards the pool and the loader; neither is used while it is held, except to create them. What a
+user's executor guarantees is its own affair: nothing is tried again there.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import logging
@@ -29,22 +32,13 @@ from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import loky
-
 from .. import settings
 from . import artifact, worker
+from .pool import Lost, Pool, Terms, kill_all, register_at_exit
 from .refusal import first_line
 from .worker import Outcome
 
 log = logging.getLogger(__name__)
-
-NICENESS = 2
-"""How far workers and their compilers stand back behind the program. Where they have a core of their own it does
-not matter. Where they have none, more would starve them: at 10, a program that keeps two cores busy waits for
-its swap for minutes; at 0, its steps take twice as long as at 2 and the swap comes no sooner."""
-
-IDLE_SECONDS = 300
-"""A worker with nothing to do for this long ends; the next compile starts it again."""
 
 Deliver = Callable[[Outcome], None]
 
@@ -55,15 +49,23 @@ class Job:
     def __init__(self, deliver: Deliver | None, delay: float) -> None:
         self._deliver = deliver
         self._delay = delay
+        self._cancelled = False
         self._future: Future[Outcome] = Future()
         self._hold: threading.Timer | None = None
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for its outcome."""
+        return not self._cancelled
+
     def cancel(self) -> None:
         """Drop this job: its outcome will not be delivered."""
+        self._cancelled = True
         self._deliver = None
         self._future.cancel()
-        if self._hold is not None:
-            self._hold.cancel()
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.cancel()
 
     def wait(self) -> Outcome:
         """Block until the compile has ended, for who cannot go on without it."""
@@ -71,8 +73,17 @@ class Job:
         time.sleep(self._delay)
         return _outcome(self._future)
 
+    def _hold_back(self, finish: Callable[[], None]) -> None:
+        """Call `finish` when the delay is over."""
+        self._hold = threading.Timer(self._delay, finish)
+        self._hold.daemon = True
+        self._hold.start()
+        if self._cancelled:  # in between
+            self.cancel()
+
     def _run_delivery(self, outcome: Outcome) -> None:
         deliver, self._deliver = self._deliver, None
+        self._hold, self._future = None, Future()  # they lead to the outcome
         if deliver is not None:
             deliver(outcome)
 
@@ -81,9 +92,8 @@ class Service:
     """Sends parcels to an executor and outcomes to whoever asked."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pool: loky.ProcessPoolExecutor | None = None
-        self._pool_size = 0
+        self._lock = threading.RLock()
+        self._pool: Pool | None = None
         self._compiling = 0  # jobs in our own workers
         self._loader: ThreadPoolExecutor | None = None
         self._stopped = False
@@ -93,7 +103,8 @@ class Service:
         needed = settings.current().executor is None and not settings.disabled()
         # Not in a child that multiprocessing made: a DataLoader's worker imports the user's module, and no more.
         if needed and multiprocessing.parent_process() is None:
-            self._submit_to_pool(os.getpid)
+            with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
+                self._own_pool().start()
 
     def submit(self, parcel: bytes, deliver: Deliver | None, sizes: dict[str, int] | None = None) -> Job:
         """Have `parcel` compiled, for other `sizes` than it was traced with where they are given.
@@ -105,7 +116,7 @@ class Service:
         executor = settings.current().executor
         try:
             if executor is None:
-                job._future = self._submit_to_pool(compile_parcel)
+                job._future = self._submit_to_pool(compile_parcel, lambda: job.wanted)
                 self._count_compile(job._future)
             else:
                 job._future = executor.submit(compile_parcel)
@@ -122,7 +133,8 @@ class Service:
 
     def threads_for_program(self) -> int | None:
         """How many threads leave our workers a core each; None while they compile nothing."""
-        busy = min(self._compiling, self._pool_size)
+        pool = self._pool
+        busy = min(self._compiling, pool.terms.size) if pool is not None else 0
         return max(1, settings.usable_cpus() - busy) if busy > 0 else None
 
     @property
@@ -133,51 +145,42 @@ class Service:
     def worker_pids(self) -> list[int]:
         """Process ids of our own workers, for tests and the curious."""
         with self._lock:
-            return list(self._pool._processes) if self._pool is not None else []
+            return self._pool.pids() if self._pool is not None else []
 
     def stop(self) -> None:
         """End the workers now, without waiting for what they compile."""
         with self._lock:
             self._stopped = True
-            pool, self._pool = self._pool, None
+            self._pool = None
             loader, self._loader = self._loader, None
         if loader is not None:
             loader.shutdown(wait=False, cancel_futures=True)
-        if pool is not None:
-            pool.shutdown(wait=True, kill_workers=True)
+        kill_all()
 
     def forget(self) -> None:
         """In a forked child: start over, leaving the parent's workers to the parent."""
         self.__init__()  # type: ignore[misc]
 
-    def _submit_to_pool(self, call: Callable[[], Any]) -> Future[Any]:
-        try:
-            future: Future[Any] = self._own_pool().submit(call)
-        except loky.process_executor.BrokenProcessPool:
-            with self._lock:  # a worker died and took its pool along: make another, once
-                self._pool = None
-            future = self._own_pool().submit(call)
-        return future
+    def _submit_to_pool(self, call: Callable[[], Any], wanted: Callable[[], bool] = lambda: True) -> Future[Any]:
+        with self._lock:  # nobody else retires it in between
+            return self._own_pool().submit(call, settings.current().job_timeout, wanted)
 
-    def _own_pool(self) -> Any:
-        size = settings.current().workers
+    def _own_pool(self) -> Pool:
+        wished = settings.current()
+        terms = Terms(
+            wished.workers,
+            wished.idle_timeout,
+            wished.memory_limit * 1e9,
+            max(1, settings.usable_cpus() // wished.workers),
+        )
         with self._lock:
             if self._stopped:
                 raise RuntimeError("the interpreter is shutting down")
-            if self._pool is not None and self._pool_size != size:
-                self._pool.shutdown(wait=False)  # what it compiles now is finished and delivered
+            if self._pool is not None and self._pool.terms != terms:
+                self._pool.retire()  # what was submitted is finished and delivered
                 self._pool = None
             if self._pool is None:
-                compilers = max(1, settings.usable_cpus() // size)
-                self._pool = loky.ProcessPoolExecutor(
-                    size,
-                    timeout=IDLE_SECONDS,
-                    initializer=worker.initialize,
-                    initargs=(os.getpid(), NICENESS, compilers),
-                    # Workers trace with the program's number of threads; those that wait must not spin.
-                    env={"OMP_WAIT_POLICY": "passive"},
-                )
-                self._pool_size = size
+                self._pool = Pool(terms)
                 _stop_at_exit()
             return self._pool
 
@@ -191,13 +194,13 @@ class Service:
         future.add_done_callback(done)
 
     def _done(self, job: Job, future: Future[Outcome]) -> None:
-        outcome = _outcome(future)
+        if self._stopped or not job.wanted:
+            return
+        finish = functools.partial(self._finish, job, _outcome(future))
         if job._delay > 0:
-            job._hold = threading.Timer(job._delay, self._finish, (job, outcome))
-            job._hold.daemon = True
-            job._hold.start()
+            job._hold_back(finish)
         else:
-            self._finish(job, outcome)
+            finish()
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         self._load_soon(functools.partial(job._run_delivery, outcome))
@@ -235,14 +238,17 @@ def _log_failure(future: Future[None]) -> None:
 def _outcome(future: Future[Outcome]) -> Outcome:
     if future.cancelled():  # by `Job.cancel`, and then nobody listens; or by the user's executor
         return _failed("the executor cancelled it")
-    if (error := future.exception()) is not None:
+    error = future.exception()
+    if isinstance(error, Lost):
+        return _failed(str(error), error.details)
+    if error is not None:
         return _failed(f"the worker was lost: {first_line(error)}")
     return future.result()
 
 
-def _failed(error: str) -> Outcome:
+def _failed(error: str, details: str = "") -> Outcome:
     now = time.time()
-    return Outcome(None, b"", error, "", now, now, now, 0)
+    return Outcome(None, b"", error, details, now, now, now, 0)
 
 
 service = Service()
@@ -250,11 +256,8 @@ service = Service()
 
 @functools.cache
 def _stop_at_exit() -> None:
-    # concurrent.futures and loky wait for their work in a hook that runs before `atexit`'s. Hooks run last in,
-    # first out, so ours comes before theirs, as long as it is registered after them: hence not at import.
-    register = getattr(threading, "_register_atexit", atexit.register)
-    service._pool and service._pool._ensure_executor_running()
-    register(service.stop)
+    # Hooks run last in, first out: this one before those of concurrent.futures and loky, which wait for their work.
+    register_at_exit(service.stop)
 
 
 if hasattr(os, "register_at_fork"):

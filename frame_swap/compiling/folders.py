@@ -1,0 +1,209 @@
+"""The folders that code is loaded from: this user's own, and closed to all others.
+
+Whoever can put a file into the folder of a compile cache runs code in each program that uses it. So before
+anything in one is unpickled or loaded, it is checked:
+
+- It belongs to this user, and nobody else can write to it. Where others can look into it, the same holds of all
+  that is in it; where they cannot, they reach nothing in it.
+- Nobody can put another in its place: each folder on the way there, links followed, belongs to this user or to the
+  system's, and is not writable for others, unless it is sticky, as /tmp is.
+
+A cache folder that fails is not used; a fresh one of this process takes its place, and a warning says so. The
+default folder, which Inductor or we have made, is closed to others on the way (0700); the mode of one that the
+program has named is the program's affair.
+
+Not looked at: access control lists, and what mounts a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from unittest import mock
+
+INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+TRITON = "TRITON_CACHE_DIR"
+
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class Unsafe(Exception):
+    """Others could put code there; the message says where, and why."""
+
+
+def check(folder: str) -> None:
+    """See that nothing in `folder` can come from another user.
+
+    Raises:
+        Unsafe: it might.
+        OSError: it cannot be looked at.
+    """
+    place = _follow(folder)
+    found = os.stat(place)
+    if not stat.S_ISDIR(found.st_mode):
+        raise Unsafe(f"{folder} is no folder")
+    _check_own(place, found)
+    identity = (found.st_dev, found.st_ino)
+    if found.st_mode & _OTHERS and identity not in _searched:
+        for inside in _everything_in(place):
+            _check_own(inside.path, inside.stat(follow_symlinks=False))
+        _searched.add(identity)
+
+
+_searched: set[tuple[int, int]] = set()
+"""Folders in which all was found in order. What comes in later, only this user's programs have put there."""
+
+
+@contextlib.contextmanager
+def safe_caches() -> Iterator[list[str]]:
+    """Within the block, Inductor's and Triton's cache folders are this user's alone.
+
+    Process-wide, so only under Dynamo's compile lock. Gives what the user should be warned of.
+
+    Raises:
+        OSError: a folder cannot be made or looked at.
+    """
+    used, remarks = {}, []
+    for variable, default in ((INDUCTOR, default_cache()), (TRITON, None)):
+        folder = os.environ.get(variable) or default
+        if folder is None:  # Triton's is within Inductor's then
+            continue
+        try:
+            _check_cache(folder, ours=folder == default)
+        except Unsafe as error:
+            used[variable] = os.path.join(_private(), variable.lower())
+            remarks.append(
+                f"the cache folder {folder} is not used, since others may put code there: {error}. A private one, "
+                f"gone with the process, takes its place; chmod -R go-rwx mends one of your own, or set {variable}"
+            )
+        else:
+            used[variable] = folder
+    with mock.patch.dict(os.environ, used):
+        yield remarks
+
+
+def default_cache() -> str:
+    """Where Inductor keeps its files unless told otherwise."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # A worker has its compilers keep temporary files elsewhere; the cache stays where the program's is.
+    return os.path.join(_program_temp(), os.path.basename(default_cache_dir()))
+
+
+@functools.cache
+def _program_temp() -> str:
+    return tempfile.gettempdir()
+
+
+def keep_temporary_files_in(folder: str) -> None:
+    """From now on, of this process and those that it starts. Call before a cache folder is asked for."""
+    _program_temp()
+    tempfile.tempdir = folder
+    os.environ["TMPDIR"] = folder
+
+
+def _check_cache(folder: str, *, ours: bool) -> None:
+    _make(folder)
+    found = os.stat(folder)
+    # `torch.compile` itself makes the default folder, as the umask says.
+    empty = ours and found.st_uid == os.geteuid() and not os.listdir(folder)
+    if not empty:
+        check(folder)
+    if ours:
+        os.chmod(folder, stat.S_IRWXU)
+    if empty:
+        if os.listdir(folder):  # in between
+            os.chmod(folder, stat.S_IMODE(found.st_mode))
+        check(folder)
+
+
+def _make(folder: str) -> None:
+    """`folder`, and what is missing on the way there, each 0700; whatever the umask, which is the process's."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(os.path.abspath(folder))
+    for one in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another process was faster; what it made is checked
+            os.mkdir(one, stat.S_IRWXU)
+
+
+def _follow(path: str) -> str:
+    """The place that `path` leads to.
+
+    Raises:
+        Unsafe: others decide where it leads.
+    """
+    place, rest = "/", [part for part in os.path.abspath(path).split("/") if part]
+    for _ in range(200):
+        if not rest:
+            return place
+        found = os.stat(place)
+        sticky = found.st_mode & stat.S_ISVTX
+        if found.st_mode & _OTHERS_WRITE and not sticky:
+            raise Unsafe(f"{place} is writable for others")
+        here = os.path.join(place, rest.pop(0))
+        entry = os.lstat(here)
+        if entry.st_uid not in _trusted():
+            raise Unsafe(f"{here} belongs to {_name(entry.st_uid)}")
+        if stat.S_ISLNK(entry.st_mode):
+            target = os.path.normpath(os.path.join(place, os.readlink(here)))
+            place, rest = "/", [part for part in target.split("/") if part] + rest
+        else:
+            place = here
+    raise Unsafe(f"{path} has too many links")
+
+
+def _check_own(path: str, found: os.stat_result) -> None:
+    if found.st_uid != os.geteuid():
+        raise Unsafe(f"{path} belongs to {_name(found.st_uid)}")
+    if found.st_mode & _OTHERS_WRITE and not stat.S_ISLNK(found.st_mode):
+        raise Unsafe(f"{path} is writable for others")
+
+
+def _everything_in(folder: str) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield entry
+            if entry.is_dir(follow_symlinks=False):
+                yield from _everything_in(entry.path)
+
+
+@functools.cache
+def _trusted() -> set[int]:
+    """This user, and root; in a user namespace, the root outside of it has another number."""
+    return {os.geteuid(), 0, os.stat("/").st_uid}
+
+
+def _name(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+_private_of: dict[int, str] = {}
+
+
+def _private() -> str:
+    """A folder of this process, removed at its end; a forked child has another."""
+    import atexit
+
+    pid = os.getpid()
+    if pid not in _private_of:
+        _private_of[pid] = tempfile.mkdtemp(prefix="frame-swap-cache-")
+        atexit.register(_remove, pid)
+    return _private_of[pid]
+
+
+def _remove(pid: int) -> None:
+    if os.getpid() == pid:
+        shutil.rmtree(_private_of[pid], ignore_errors=True)

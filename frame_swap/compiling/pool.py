@@ -1,0 +1,370 @@
+"""Worker processes, and for each a thread here that hands it one call at a time.
+
+Guarantees:
+- `submit` neither waits for a call nor raises because of one. Each future ends: with what the call returned or
+  raised; with `Lost`, which says why, where its process was lost; or cancelled, while it had not begun.
+- A process that is lost concerns the call that it ran, and no other. That call is tried again once, in a fresh
+  process; not where it went beyond a limit, where nobody wants it any more, or while the pool is being killed.
+- A process may die at any moment: nothing here waits for one that is dead.
+- What ran beside a lost process goes with it: its process group, its folder, its pipes. It is replaced when there
+  is something to do. One that has nothing to do for `idle_timeout` ends.
+- `kill` ends all processes and waits for no call; `retire` lets what was submitted end first.
+- A forked child has none of its parent's processes, and touches none.
+- Processes talk to this one through inherited pipes and through files in a folder that is closed to other users.
+
+Assumed: `_changing` is held while a process is started or ended, and across each fork. That takes milliseconds.
+
+The processes are loky's, and each has an executor of its own: one that dies takes all calls of its executor along.
+loky keeps both ends of its pipes open, so it waits for ever for the rest of a message whose sender has died. Hence
+calls and results are files, and only what is written in one piece goes through the pipes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import math
+import multiprocessing.process
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import loky
+import psutil
+from loky import process_executor
+
+from . import worker
+from .refusal import first_line
+
+NICENESS = 2
+"""How far workers and their compilers stand back behind the program. Where they have a core of their own it does
+not matter. Where they have none, more would starve them: at 10, a program that keeps two cores busy waits for
+its swap for minutes; at 0, its steps take twice as long as at 2 and the swap comes no sooner."""
+
+GROWTH = 500_000_000
+"""A process that holds so many bytes more than after one of its calls is replaced: Inductor keeps a lot."""
+
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",  # workers trace with the program's number of threads: who waits must not spin
+    "PYTHONSAFEPATH": "1",  # nothing is imported from the directory that they start in
+    "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",  # loky may replace one while it gets its next call, and warns of it
+}
+
+_SIGNALS = set(signal.Signals)
+
+register_at_exit = getattr(threading, "_register_atexit", atexit.register)
+"""For hooks that run before threads are waited for; the last one first."""
+
+# loky's hook waits for what is pending, and is registered with each executor. Here it comes once, and before the
+# one that ends what is pending, which so runs first.
+register_at_exit(process_executor._python_exit)
+process_executor.process_pool_executor_at_exit = process_executor._python_exit
+
+
+class Terms(NamedTuple):
+    """What the processes of a pool have in common.
+
+    Attributes:
+        size: how many there are at most.
+        idle_timeout: seconds after which one with nothing to do ends.
+        memory_limit: bytes that one may hold, with the compilers that it runs.
+        compilers: how many of these it may run at a time.
+    """
+
+    size: int
+    idle_timeout: float
+    memory_limit: float
+    compilers: int
+
+
+class Lost(RuntimeError):
+    """A call ended with its process; the message says how, and what to do.
+
+    Attributes:
+        details: what the process left behind for the log.
+        again: whether another attempt might end better.
+    """
+
+    def __init__(self, reason: str, details: str = "", *, again: bool = True) -> None:
+        super().__init__(reason)
+        self.details = details
+        self.again = again
+
+
+class Process:
+    """A worker process and the folder that it shares with this one; see worker.py for the other side.
+
+    Raises:
+        Exception: it could not be started.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        self.ended = self._running = self._overdue = False
+        self._least = math.inf
+        self._folder = Path(tempfile.mkdtemp(prefix="frame-swap-"))  # 0700
+        arguments = (os.getpid(), NICENESS, terms.compilers, str(self._folder), terms.memory_limit)
+        try:
+            self._executor = loky.ProcessPoolExecutor(
+                1, initializer=worker.initialize, initargs=arguments, env=ENVIRONMENT
+            )
+            self._executor.submit(os.getpid)  # starts it
+            (self._process,) = self._executor._processes.values()
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        # The program may wait for all `multiprocessing.active_children()`: this is none of its.
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
+        self.pid: int = self._process.pid
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be given another call."""
+        return self._process.is_alive() and self._size() - self._least < GROWTH
+
+    def run(self, call: bytes, limit: float) -> Any:
+        """Have it run a pickled call; returns what that returns.
+
+        Args:
+            limit: seconds that it may take, the start of the process included.
+
+        Raises:
+            Lost: the process ended first, or call or result found no room.
+            Exception: what the call raised.
+        """
+        self._running = True
+        try:
+            Path(self._folder, worker.CALL).write_bytes(call)
+            future = self._executor.submit(worker.run)
+            # Not raised, whose traceback would lead in a circle: to this frame, and by way of the executor back.
+            if future.exception(min(limit, threading.TIMEOUT_MAX)) is not None:
+                raise self._loss(limit)
+            failure = future.result()
+        except TimeoutError:
+            self.expire()
+            raise self._loss(limit) from None
+        except (process_executor.BrokenProcessPool, process_executor.ShutdownExecutorError):
+            raise self._loss(limit) from None
+        except OSError as error:
+            failure = first_line(error)
+        self._running = False
+        self._least = min(self._least, self._size())
+        if failure:
+            raise Lost(
+                f"{failure}; free some space, or set TMPDIR to a folder on a disk that has some", again=False
+            )
+        with Path(self._folder, worker.RESULT).open("rb") as file:
+            result, raised = pickle.load(file)
+        os.unlink(file.name)
+        if raised is not None:
+            raise raised
+        return result
+
+    def expire(self) -> None:
+        """End it because its call takes too long."""
+        self._overdue = True
+        # The worker's handler writes down where it is, whatever it does, and lets the signal end it.
+        self._process.terminate()
+        self._process.join(timeout=5)
+
+    def end(self) -> None:
+        """End it now, with its compilers, and remove its folder."""
+        with _changing:
+            if self.ended:
+                return
+            self.ended = True
+            # The group outlives a leader that died just now. Where it died long ago, the number may be another's.
+            if self._running or self._process.is_alive():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            self._executor.shutdown(wait=True, kill_workers=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _loss(self, limit: float) -> Lost:
+        # What it has written is text, in a folder of our own.
+        stage, last_words, traceback = map(self._left, ("stage", "last_words", "traceback"))
+        stage = stage or "starting"
+        self.end()
+        if self._overdue:
+            advice = "frame_swap.configure(job_timeout=...) allows it more"
+            return Lost(f"it was still {stage} after job_timeout={limit:g} s; {advice}", traceback, again=False)
+        if last_words:
+            return Lost(f"{last_words}, while {stage}", traceback, again=False)
+        code = self._process.exitcode
+        how, raised = f"ended with exit code {code} while {stage}", traceback.rpartition("\n")[2]
+        advice = "the logger frame_swap has its traceback at level INFO"
+        if code is not None and code < 0:
+            number, raised = -code, ""
+            how = f"was killed by {signal.Signals(number).name if number in _SIGNALS else number} while {stage}"
+            if number == signal.SIGKILL:
+                advice = "if memory ran out, frame_swap.configure(workers=1) needs less of it"
+        return Lost(f"the worker was lost: it {': '.join(filter(None, (how, raised)))}; {advice}", traceback)
+
+    def _left(self, name: str) -> str:
+        try:
+            return Path(self._folder, name).read_text(errors="replace").strip()
+        except OSError:
+            return ""
+
+    def _size(self) -> float:
+        try:
+            return float(psutil.Process(self.pid).memory_info().rss)
+        except psutil.Error:
+            return math.inf
+
+
+class Pool:
+    """Processes on the same terms, and what they have to do."""
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        # A process inherits what the thread that starts it blocks: Ctrl-C is for the program.
+        block = (signal.SIG_BLOCK, [signal.SIGINT])
+        self._threads = ThreadPoolExecutor(terms.size, "frame-swap-worker", signal.pthread_sigmask, block)
+        self._starts: list[Future[None]] = []
+        self._processes: set[Process] = set()
+        self._free: dict[Process, threading.Timer] = {}  # and what will end them
+        self._killed = False
+        _all.add(self)
+
+    def start(self) -> None:
+        """Have the processes that are missing started, and do not wait for it.
+
+        Raises:
+            RuntimeError: as for `submit`.
+        """
+        self._starts = [self._threads.submit(self._start_one) for _ in range(self.terms.size)]
+
+    def submit(
+        self, call: Callable[[], Any], limit: float = math.inf, wanted: Callable[[], bool] = lambda: True
+    ) -> Future[Any]:
+        """Have `call` run in a process of the pool; it must pickle, and what it returns.
+
+        Args:
+            limit: seconds that it may take; where its process has yet to start, that included.
+            wanted: asked before it is tried again.
+
+        Raises:
+            RuntimeError: the pool is retired or killed, or there is no thread.
+        """
+        return self._threads.submit(self._run, pickle.dumps(call), limit, wanted)
+
+    def pids(self) -> list[int]:
+        """Of the processes that there are, and of those that `start` has yet to start."""
+        futures.wait(self._starts)
+        return [process.pid for process in list(self._processes)]
+
+    def retire(self) -> None:
+        """End when all that was submitted has ended."""
+        self._threads.shutdown(wait=False)
+        with _changing:
+            self.terms = self.terms._replace(idle_timeout=min(self.terms.idle_timeout, 1))
+            for process in list(self._free):
+                self._end(process)
+
+    def kill(self) -> None:
+        """End all processes now."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with _changing:
+            self._killed = True
+            for process in list(self._processes):
+                self._end(process)
+
+    def _run(self, call: bytes, limit: float, wanted: Callable[[], bool]) -> Any:
+        try:
+            return self._run_once(call, limit)
+        except Lost as lost:
+            if not lost.again or not wanted() or self._killed:
+                raise
+        try:
+            return self._run_once(call, limit)
+        except Lost as lost:
+            raise Lost(f"{lost} (tried twice)", lost.details) from None
+
+    def _run_once(self, call: bytes, limit: float) -> Any:
+        try:
+            process = self._take()
+        except Exception as error:
+            raise Lost(f"no worker could be started: {first_line(error)}") from error
+        try:
+            return process.run(call, limit)
+        finally:
+            self._give_back(process)
+
+    def _start_one(self) -> None:
+        with _changing:
+            if len(self._processes) < self.terms.size:
+                with contextlib.suppress(Exception):  # the first call will say so
+                    self._give_back(self._take_fresh())
+
+    def _take(self) -> Process:
+        with _changing:
+            while self._free:
+                process, alarm = self._free.popitem()
+                alarm.cancel()
+                if process.usable:
+                    return process
+                self._end(process)
+            return self._take_fresh()
+
+    def _take_fresh(self) -> Process:
+        if self._killed:
+            raise RuntimeError("the interpreter is shutting down")
+        process = Process(self.terms)
+        self._processes.add(process)
+        return process
+
+    def _give_back(self, process: Process) -> None:
+        with _changing:
+            if process.ended or self._killed:
+                return self._end(process)
+            idle = min(self.terms.idle_timeout, threading.TIMEOUT_MAX)
+            alarm = self._free[process] = threading.Timer(idle, self._end_free, [process])
+            alarm.daemon = True
+            with contextlib.suppress(RuntimeError):  # out of threads: then it stays
+                alarm.start()
+
+    def _end_free(self, process: Process) -> None:
+        with _changing:
+            if process in self._free:
+                self._end(process)
+
+    def _end(self, process: Process) -> None:
+        self._processes.discard(process)
+        if alarm := self._free.pop(process, None):
+            alarm.cancel()
+        process.end()
+
+
+_changing = threading.RLock()
+"""Guards the lists of all pools. A fork in between would copy loky's locks as they are, and the end of a pipe whose
+closing tells of a process that died."""
+
+_all: weakref.WeakSet[Pool] = weakref.WeakSet()
+_parents: list[Pool] = []
+"""In a forked child. An executor that is freed would wake its thread."""
+
+
+def kill_all() -> None:
+    """End the processes of all pools, of those that are retired, too."""
+    for pool in list(_all):
+        pool.kill()
+
+
+def _forget() -> None:
+    _parents.extend(_all)
+    _all.clear()
+    process_executor._threads_wakeups.clear()
+    _changing.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_forget)

@@ -1,0 +1,113 @@
+"""The tests' side of a fault: plant it, and see that it did no harm."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import frame_swap
+from frame_swap import FrameSwapWarning, Region, State, backend
+from frame_swap.compiling import pool, worker
+
+from . import VARIABLE, Fault, inject
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> Fault:
+    """Workers that start from now on have `fault`; those that there are end."""
+    monkeypatch.setattr(worker, "initialize", inject.initialize)
+    monkeypatch.setenv(VARIABLE, json.dumps(asdict(fault)))
+    fresh_workers()
+    return fault
+
+
+def fresh_workers() -> None:
+    """End all workers of this process, and their threads; the next compile starts others."""
+    backend.service._pool = None
+    pools = list(pool._all)
+    pool.kill_all()
+    for old in pools:
+        old._threads.shutdown()
+
+
+def survives(function: Callable[[torch.Tensor], torch.Tensor], *words: str, state: State = State.FAILED) -> Region:
+    """Compile `function`, whose compile fails: every call is right, one warning and the report say `words`."""
+    compiled = torch.compile(function, backend="frame_swap")
+    x = torch.linspace(0.1, 0.9, 12).reshape(3, 4)
+    known = len(frame_swap.report().regions)
+    with one_warning(*words):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), function(x))
+            report = frame_swap.wait(timeout=240)
+    (region,) = report.regions[known:]
+    assert region.state is state, report
+    for word in words:
+        assert word in region.reason, region.reason
+    assert region.pair_calls == 2
+    return region
+
+
+def works(function: Callable[[torch.Tensor], torch.Tensor]) -> Region:
+    """Compile `function`, which ends on compiled code, and not a word is said."""
+    compiled = torch.compile(function, backend="frame_swap")
+    x = torch.linspace(0.1, 0.9, 12).reshape(3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(compiled(x), function(x))
+        region = frame_swap.wait(timeout=240).regions[-1]
+        assert (region.state, region.reason) == (State.INSTALLED, ""), frame_swap.report()
+        torch.testing.assert_close(compiled(x), function(x))
+    return region
+
+
+@contextlib.contextmanager
+def one_warning(*words: str) -> Iterator[None]:
+    """Exactly one FrameSwapWarning comes up in the block, and says all of `words`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    ours = [str(w.message) for w in caught if w.category is FrameSwapWarning]
+    assert len(ours) == 1, ours
+    for word in words:
+        assert word in ours[0], ours[0]
+
+
+@contextlib.contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """After the block and the end of the workers there is no process, thread, file handle or folder more."""
+    backend.service.start()  # and what loky keeps beside its first worker, for as long as the program runs
+    assert backend.service.worker_pids()
+    fresh_workers()
+    before = held()
+    yield
+    fresh_workers()
+    after = held()
+    more = {kind: left for kind in after if (left := after[kind] - before[kind])}
+    assert not more, more
+
+
+def held() -> dict[str, Any]:
+    """What this process holds of the system, by kind; file handles with what they are, since their numbers vary."""
+    handles = []
+    for handle in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own, which is closed by now
+            handles.append(os.readlink(f"/proc/self/fd/{handle}"))
+    processes = psutil.Process().children(recursive=True)
+    return {
+        "processes": {(process.pid, " ".join(process.cmdline())) for process in processes},
+        "threads": {thread for thread in threading.enumerate() if thread.name.startswith("frame-swap-worker")},
+        "handles": Counter("a pipe" if handle.startswith("pipe:") else handle for handle in handles),
+        "folders": {path for path in Path(tempfile.gettempdir()).iterdir() if path.name.startswith("frame-swap-")},
+    }

@@ -1,0 +1,161 @@
+"""A worker with a fault: runs in the worker's process."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from frame_swap.compiling import worker
+
+from . import VARIABLE, Fault
+
+initialize_worker = worker.initialize
+
+
+def initialize(*args: Any) -> None:
+    """In place of the worker's own."""
+    fault = Fault(**json.loads(os.environ[VARIABLE]))
+    happen: Callable[[], None] = globals()[fault.what]
+    aimed_at = not fault.only
+
+    def strike() -> None:
+        if aimed_at and fault.strike():
+            happen()
+
+    compile_parcel = worker._compile
+
+    def compile_watched(parcel: bytes, *rest: Any) -> Any:
+        nonlocal aimed_at
+        aimed_at = fault.only.encode() in parcel
+        return compile_parcel(parcel, *rest)
+
+    def dump(result: Any, file: Any) -> None:
+        """As usual, and hit when the half of it is written."""
+        content = pickle.dumps(result)
+        half = len(content) // 2
+        file.write(content[:half])
+        file.flush()
+        strike()
+        file.write(content[half:])
+
+    def arm_imported() -> None:
+        from frame_swap import internals
+        from frame_swap.compiling import artifact
+
+        if fault.when == "compiling":
+            precede(internals, "stock_inductor", strike)
+        elif fault.when == "loading":
+            precede(artifact, "load", strike)
+        elif fault.when == "packing":
+            precede(artifact, "pack", strike)
+
+    worker._compile = compile_watched
+    if fault.when == "importing":
+        precede(worker, "_import_torch", strike)
+    elif fault.when == "sending":
+        worker.pickle = types.SimpleNamespace(**{**vars(pickle), "dump": dump})  # type: ignore[assignment]
+    else:
+        follow(worker, "_import_torch", arm_imported)
+    initialize_worker(*args)
+
+
+def precede(owner: Any, name: str, action: Callable[[], None]) -> None:
+    usual = getattr(owner, name)
+    setattr(owner, name, lambda *args, **keywords: (action(), usual(*args, **keywords))[1])
+
+
+def follow(owner: Any, name: str, action: Callable[[], None]) -> None:
+    usual = getattr(owner, name)
+    setattr(owner, name, lambda *args, **keywords: (usual(*args, **keywords), action())[0])
+
+
+# What happens
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crashes() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def exits() -> None:
+    os._exit(3)
+
+
+def raises() -> None:
+    raise ArithmeticError("for the test")
+
+
+def runs_out_of_memory() -> None:
+    raise MemoryError
+
+
+def eats_memory() -> None:
+    eaten = [b"x" * 100_000_000 for _ in range(30)]
+    threading.Event().wait(timeout=len(eaten) * 100)
+
+
+def hangs() -> None:
+    """And never lets go of the GIL."""
+    ctypes.PyDLL(None).pause()
+
+
+def killed_beside_a_compiler() -> None:
+    """Which has a temporary file open, as compilers do."""
+    source = """if True:
+        import tempfile, time
+        file = tempfile.NamedTemporaryFile(prefix="frame-swap-")
+        print(flush=True)
+        time.sleep(3600)
+    """
+    compiler = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE)
+    assert compiler.stdout is not None
+    compiler.stdout.readline()
+    killed()
+
+
+def finds_the_disk_full() -> None:
+    """Each file that Inductor writes into its cache, from now on."""
+    from torch._inductor import codecache
+
+    def write_atomic(path: str, *args: Any, **keywords: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    codecache.write_atomic = write_atomic
+
+
+def libraries_crash_when_loaded() -> None:
+    """Those of the compile that is being packed."""
+    from frame_swap.compiling import artifact
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "crash.c")
+        source.write_text(
+            "#include <stdlib.h>\n__attribute__((constructor)) static void crash(void) { abort(); }\n"
+        )
+        library = source.with_suffix(".so")
+        subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+        crashing = library.read_bytes()
+
+    def dump_crashing(content: Any) -> bytes:
+        if isinstance(content, tuple):
+            entry, kernels = content
+            assert kernels, "there is no library that could crash"
+            content = entry, dict.fromkeys(kernels, crashing)
+        return pickle.dumps(content)
+
+    artifact.pickle = types.SimpleNamespace(dumps=dump_crashing, loads=pickle.loads)  # type: ignore[assignment]

@@ -1,0 +1,251 @@
+"""Workers that die, hang, or find that something is missing: the program goes on, and is told once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import frame_swap
+from frame_swap import State, backend
+
+from . import Fault
+from .harness import fresh_workers, nothing_left_behind, plant, survives, works
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all tests, since what Inductor finds out about the machine takes seconds."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Of one test."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_worker(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[None]:
+    """Which compiles, since its cache is of this run; and none of this process when the test is over."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    frame_swap.configure(workers=1)
+    yield
+    fresh_workers()
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Fault]:
+    """Gives workers a fault; `faulty("compiling", "killed")`."""
+
+    def faulty(when: str, what: str, **details: Any) -> Fault:
+        return plant(monkeypatch, Fault(when, what, str(tmp_path), **details))
+
+    return faulty
+
+
+SIGKILL = ("the worker was lost: it was killed by SIGKILL", "configure(workers=1)")
+
+
+@pytest.mark.parametrize(
+    ("when", "what", "words"),
+    [
+        ("importing", "killed", (*SIGKILL, "while importing torch")),
+        ("importing", "raises", ("ended with exit code 1 while importing torch", "ArithmeticError: for the test")),
+        pytest.param("compiling", "killed_beside_a_compiler", (*SIGKILL, "while compiling")),
+        pytest.param("compiling", "exits", ("exit code 3 while compiling",), marks=pytest.mark.long),
+        ("sending", "killed", (*SIGKILL, "while sending its result")),
+    ],
+)
+def test_a_worker_that_is_lost_twice_leaves_the_pair(
+    faulty: Callable[..., Fault], when: str, what: str, words: tuple[str, ...]
+) -> None:
+    with nothing_left_behind():
+        fault = faulty(when, what)
+        survives(lambda x: x.sin() + 1, "its compile failed", *words, "(tried twice)")
+        # A worker that dies before it is given anything to do is replaced, and nothing was tried.
+        assert fault.hits in ((2, 3) if when == "importing" else (2,))
+
+
+@pytest.mark.parametrize(
+    ("when", "what"),
+    [
+        ("compiling", "crashes"),
+        pytest.param("importing", "killed", marks=pytest.mark.long),
+        pytest.param("loading", "crashes", marks=pytest.mark.long),
+        pytest.param("sending", "killed", marks=pytest.mark.long),
+    ],
+)
+def test_a_worker_that_is_lost_once_is_replaced_and_nobody_notices(
+    faulty: Callable[..., Fault], when: str, what: str
+) -> None:
+    with nothing_left_behind():
+        fault = faulty(when, what, times=1)
+        works(lambda x: x.sin() + 3)
+        assert fault.hits == 1
+
+
+def test_the_innocent_do_not_fail_with_the_culprit(faulty: Callable[..., Fault]) -> None:
+    fault = faulty("compiling", "killed", only="sinh")
+    frame_swap.configure(workers=2)
+    functions = [torch.sinh, torch.cos, torch.tan, torch.atan]
+    x = torch.linspace(0.1, 0.9, 12)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", frame_swap.FrameSwapWarning)
+        compiled = [torch.compile(lambda x, f=f: f(x) * 2, backend="frame_swap") for f in functions]
+        for one in compiled:
+            one(x)
+        frame_swap.wait(timeout=240)
+    for function, one in zip(functions, compiled, strict=True):
+        torch.testing.assert_close(one(x), function(x) * 2)
+    states = [region.state for region in frame_swap.report().regions]
+    assert states == [State.FAILED, State.INSTALLED, State.INSTALLED, State.INSTALLED], frame_swap.report()
+    assert fault.hits == 2
+    assert len([w for w in caught if w.category is frame_swap.FrameSwapWarning]) == 1
+
+
+def test_what_nobody_wants_any_more_is_not_tried_again(faulty: Callable[..., Fault]) -> None:
+    fault = faulty("compiling", "hangs")
+    torch.compile(lambda x: x.sin() + 4, backend="frame_swap")(torch.randn(3))
+    (region,) = frame_swap.report().regions
+    wait_for(lambda: fault.hits == 1)
+    region.abandon()
+    (pid,) = backend.service.worker_pids()
+    os.kill(pid, 9)
+    backend.service._pool.retire()
+    (thread,) = backend.service._pool._threads._threads
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert (region.state, fault.hits) == (State.STALE, 1)
+
+
+def test_a_hang_ends_with_the_time_limit(faulty: Callable[..., Fault]) -> None:
+    with nothing_left_behind():
+        faulty("importing", "hangs")
+        frame_swap.configure(job_timeout=2)
+        survives(lambda x: x.sin() + 5, "still importing torch after job_timeout=2 s", "configure(job_timeout=...)")
+
+
+def test_a_hang_that_keeps_the_gil_leaves_its_traceback_in_the_log(
+    faulty: Callable[..., Fault], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The time is up when the worker is where it should be, and not before."""
+    fault = faulty("compiling", "hangs")
+    caplog.set_level(logging.INFO, "frame_swap.backend")
+    frame_swap.configure(job_timeout=3600)
+
+    def time_is_up() -> None:
+        wait_for(lambda: fault.hits == 1)
+        (process,) = backend.service._pool._processes
+        process.expire()
+
+    threading.Thread(target=time_is_up).start()
+    survives(lambda x: x.sin() + 6, "it was still compiling after job_timeout=3600 s")
+    assert fault.hits == 1
+    assert "in hangs" in caplog.text
+
+
+def test_a_worker_that_takes_too_much_memory_ends(faulty: Callable[..., Fault]) -> None:
+    with nothing_left_behind():
+        fault = faulty("compiling", "eats_memory")
+        frame_swap.configure(memory_limit=2.0)
+        survives(
+            lambda x: x.sin() + 7, "more than memory_limit=2;", "configure(memory_limit=...)", "while compiling"
+        )
+        assert fault.hits == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("raises", ("ArithmeticError: for the test", "FRAME_SWAP_DISABLE=1")),
+        ("runs_out_of_memory", ("MemoryError", "configure(workers=1)")),
+    ],
+)
+def test_what_a_compile_raises_is_the_reason(
+    faulty: Callable[..., Fault], what: str, words: tuple[str, ...]
+) -> None:
+    fault = faulty("compiling", what, times=1)
+    survives(lambda x: x.sin() + 8, "its compile failed", *words)
+    assert fault.hits == 1, "it was tried again"
+
+
+@pytest.mark.parametrize("variable", ["CXX", "PATH"])
+@pytest.mark.usefixtures("empty_cache")
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "no-such-compiler" if variable == "CXX" else "")
+    fresh_workers()
+    survives(lambda x: x.sin() + 10, "install a C++ compiler (g++ or clang), or name one in the variable CXX")
+
+
+FREE_SPACE = ("No space left on device", "free some space, or set TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_a_full_cache(faulty: Callable[..., Fault]) -> None:
+    faulty("compiling", "finds_the_disk_full")
+    survives(lambda x: x.sin() + 11, *FREE_SPACE)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("size=64k", ("free some space, or set TORCHINDUCTOR_CACHE_DIR",)),
+        ("ro", ("Read-only file system", "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written to")),
+    ],
+)
+def test_a_real_disk_that_is_full_or_read_only(empty_cache: Path, options: str, words: tuple[str, ...]) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", f"mode=700,{options}", "tmpfs", str(empty_cache)]
+    mount = subprocess.run(command, capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"may not mount a file system: {mount.stderr.strip()}")
+    try:
+        fresh_workers()
+        survives(lambda x: x.sin() + 12, *words)
+    finally:
+        fresh_workers()
+        subprocess.run(["umount", "--lazy", str(empty_cache)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into every folder")
+def test_a_cache_that_cannot_be_written_to(empty_cache: Path) -> None:
+    empty_cache.chmod(0o500)
+    survives(lambda x: x.sin() + 13, "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written to")
+
+
+def test_an_artifact_that_crashes_who_loads_it_crashes_the_worker(faulty: Callable[..., Fault]) -> None:
+    with nothing_left_behind():
+        fault = faulty("packing", "libraries_crash_when_loaded")
+        survives(
+            lambda x: x.sin() + 14, "was killed by SIGABRT while loading what it had compiled", "(tried twice)"
+        )
+        assert fault.hits == 2
+
+
+def test_idle_workers_end_and_come_back() -> None:
+    frame_swap.configure(idle_timeout=0.1)
+    backend.service.start()
+    assert len(backend.service.worker_pids()) == 1
+    wait_for(lambda: not backend.service.worker_pids())
+    works(lambda x: x.sin() + 15)
+    wait_for(lambda: not backend.service.worker_pids())
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds; a minute at most."""
+    pause = threading.Event()
+    for _ in range(1200):
+        if condition():
+            return
+        pause.wait(0.05)
+    pytest.fail("waited in vain")
