@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -22,6 +23,9 @@ from frame_swap import FrameSwapWarning, State, backend, internals, settings
         ({"delay": -1}, "0 or more"),
         ({"delay": float("nan")}, "0 or more"),
         ({"workers": 0}, "1 or more"),
+        ({"job_timeout": 0}, "number of seconds above 0"),
+        ({"memory_limit": -1}, "number of gigabytes above 0"),
+        ({"idle_timeout": float("nan")}, "number of seconds above 0"),
         ({"workers": 1.5}, "whole number"),
         ({"verify": -1}, "0 for none"),
         ({"verify": 0.5}, "number of calls"),
@@ -51,6 +55,7 @@ def test_an_executor_must_be_one() -> None:
         ({"FRAME_SWAP_WHEN": "soon"}, "FRAME_SWAP_WHEN='soon'"),
         ({"FRAME_SWAP_WORKERS": "many"}, "FRAME_SWAP_WORKERS='many'"),
         ({"FRAME_SWAP_DELAY": "-2"}, "FRAME_SWAP_DELAY='-2'"),
+        ({"FRAME_SWAP_JOB_TIMEOUT": "soon"}, "FRAME_SWAP_JOB_TIMEOUT='soon'"),
         ({"FRAME_SWAP_VERIFY": "all"}, "FRAME_SWAP_VERIFY='all'"),
         ({"FRAME_SWAP_PROFIT": "yes"}, "FRAME_SWAP_PROFIT='yes'"),
     ],
@@ -61,10 +66,13 @@ def test_a_variable_that_cannot_be_used_is_named(environ: dict[str, str], words:
 
 
 def test_the_environment_sets_what_configure_sets() -> None:
-    given = {"when": "manual", "workers": 3, "delay": 0.5, "verify": 2, "repro_dir": "here"}
+    given = {"when": "manual", "workers": 3, "delay": 0.5, "job_timeout": 60.0, "verify": 2, "repro_dir": "here"}
     environ = {f"FRAME_SWAP_{name.upper()}": str(value) for name, value in given.items()}
     environ["FRAME_SWAP_PROFIT"] = "1"
     assert settings.Settings.from_environment(environ) == settings.Settings(**given, profit=True)
+    limits = {"FRAME_SWAP_MEMORY_LIMIT": "4.5", "FRAME_SWAP_IDLE_TIMEOUT": "inf"}
+    found = settings.Settings.from_environment(limits)
+    assert (found.memory_limit, found.idle_timeout) == (4.5, math.inf)
 
 
 def test_the_number_of_workers_follows_the_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

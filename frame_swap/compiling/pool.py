@@ -12,7 +12,9 @@ Guarantees:
 - A forked child has none of its parent's processes, and touches none.
 - Processes talk to this one through inherited pipes and through files in a folder that is closed to other users.
 
-Assumed: `_changing` is held while a process is started or ended, and across each fork. That takes milliseconds.
+Assumed: one lock guards the lists of all pools. It is held while a process is started or ended, which takes
+milliseconds, and across each fork: loky's own locks are free then, and no pipe of a process that is being started is
+copied. A daemonic process of multiprocessing cannot have any: its calls are `Lost`.
 
 The processes are loky's, and each has an executor of its own: one that dies takes all calls of its executor along.
 loky keeps both ends of its pipes open, so it waits for ever for the rest of a message whose sender has died. Hence
@@ -59,7 +61,7 @@ ENVIRONMENT = {
     "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",  # loky may replace one while it gets its next call, and warns of it
 }
 
-_SIGNALS = set(signal.Signals)
+SIGNAL_NAMES: dict[int, str] = {number: number.name for number in signal.Signals}
 
 register_at_exit = getattr(threading, "_register_atexit", atexit.register)
 """For hooks that run before threads are waited for; the last one first."""
@@ -110,8 +112,8 @@ class Process:
     def __init__(self, terms: Terms) -> None:
         self.ended = self._running = self._overdue = False
         self._least = math.inf
-        self._folder = Path(tempfile.mkdtemp(prefix="frame-swap-"))  # 0700
-        arguments = (os.getpid(), NICENESS, terms.compilers, str(self._folder), terms.memory_limit)
+        self.folder = Path(tempfile.mkdtemp(prefix="frame-swap-"))  # 0700
+        arguments = (os.getpid(), NICENESS, terms.compilers, str(self.folder), terms.memory_limit)
         try:
             self._executor = loky.ProcessPoolExecutor(
                 1, initializer=worker.initialize, initargs=arguments, env=ENVIRONMENT
@@ -119,7 +121,7 @@ class Process:
             self._executor.submit(os.getpid)  # starts it
             (self._process,) = self._executor._processes.values()
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
             raise
         # The program may wait for all `multiprocessing.active_children()`: this is none of its.
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
@@ -142,12 +144,10 @@ class Process:
         """
         self._running = True
         try:
-            Path(self._folder, worker.CALL).write_bytes(call)
+            Path(self.folder, worker.CALL).write_bytes(call)
             future = self._executor.submit(worker.run)
-            # Not raised, whose traceback would lead in a circle: to this frame, and by way of the executor back.
-            if future.exception(min(limit, threading.TIMEOUT_MAX)) is not None:
-                raise self._loss(limit)
-            failure = future.result()
+            # Not raised: the executor would hold a traceback that leads to this frame, and thereby to itself.
+            lost = future.exception(min(limit, threading.TIMEOUT_MAX))
         except TimeoutError:
             self.expire()
             raise self._loss(limit) from None
@@ -155,13 +155,16 @@ class Process:
             raise self._loss(limit) from None
         except OSError as error:
             failure = first_line(error)
+        else:
+            if lost is not None:
+                raise self._loss(limit)
+            failure = future.result()
         self._running = False
         self._least = min(self._least, self._size())
         if failure:
-            raise Lost(
-                f"{failure}; free some space, or set TMPDIR to a folder on a disk that has some", again=False
-            )
-        with Path(self._folder, worker.RESULT).open("rb") as file:
+            advice = "free some space, or set TMPDIR to a folder on a disk that has some"
+            raise Lost(f"its files could not be written: {failure}; {advice}", again=False)
+        with Path(self.folder, worker.RESULT).open("rb") as file:
             result, raised = pickle.load(file)
         os.unlink(file.name)
         if raised is not None:
@@ -186,7 +189,7 @@ class Process:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.pid, signal.SIGKILL)
             self._executor.shutdown(wait=True, kill_workers=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _loss(self, limit: float) -> Lost:
         # What it has written is text, in a folder of our own.
@@ -198,19 +201,20 @@ class Process:
             return Lost(f"it was still {stage} after job_timeout={limit:g} s; {advice}", traceback, again=False)
         if last_words:
             return Lost(f"{last_words}, while {stage}", traceback, again=False)
-        code = self._process.exitcode
-        how, raised = f"ended with exit code {code} while {stage}", traceback.rpartition("\n")[2]
+        code: int = self._process.exitcode or 0
+        if code < 0:
+            how = f"was killed by {SIGNAL_NAMES.get(-code, -code)} while {stage}"
+        else:
+            raised = traceback.rpartition("\n")[2]
+            how = f"ended with exit code {code} while {stage}{': ' * bool(raised)}{raised}"
         advice = "the logger frame_swap has its traceback at level INFO"
-        if code is not None and code < 0:
-            number, raised = -code, ""
-            how = f"was killed by {signal.Signals(number).name if number in _SIGNALS else number} while {stage}"
-            if number == signal.SIGKILL:
-                advice = "if memory ran out, frame_swap.configure(workers=1) needs less of it"
-        return Lost(f"the worker was lost: it {': '.join(filter(None, (how, raised)))}; {advice}", traceback)
+        if code == -signal.SIGKILL:
+            advice = "if memory ran out, frame_swap.configure(workers=1) needs less of it"
+        return Lost(f"the worker was lost: it {how}; {advice}", traceback)
 
     def _left(self, name: str) -> str:
         try:
-            return Path(self._folder, name).read_text(errors="replace").strip()
+            return Path(self.folder, name).read_text(errors="replace").strip()
         except OSError:
             return ""
 
@@ -345,12 +349,9 @@ class Pool:
 
 
 _changing = threading.RLock()
-"""Guards the lists of all pools. A fork in between would copy loky's locks as they are, and the end of a pipe whose
-closing tells of a process that died."""
-
 _all: weakref.WeakSet[Pool] = weakref.WeakSet()
 _parents: list[Pool] = []
-"""In a forked child. An executor that is freed would wake its thread."""
+"""In a forked child: not freed, since an executor that is wakes its thread, which here is the parent's."""
 
 
 def kill_all() -> None:

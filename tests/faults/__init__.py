@@ -1,7 +1,7 @@
 """Faults, each injected at a chosen moment.
 
-A fault in a worker: `harness.plant` has `inject.py` initialize the workers that start from then on. What happens
-there, when and how often, is a `Fault`.
+A fault in a worker: `harness.plant` has the workers that start from then on run `inject.py` in place of their own
+entry. What happens there, when and how often, is a `Fault`.
 
 This file is imported in the worker, too, before anything else: it imports nothing of torch.
 """

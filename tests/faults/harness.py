@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -35,8 +36,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> Fault:
 
 def fresh_workers() -> None:
     """End all workers of this process, and their threads; the next compile starts others."""
-    backend.service._pool = None
     pools = list(pool._all)
+    backend.service._pool = None
     pool.kill_all()
     for old in pools:
         old._threads.shutdown()
@@ -86,16 +87,17 @@ def one_warning(*words: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """After the block and the end of the workers there is no process, thread, file handle or folder more."""
+    """After the block and the end of the workers there is no process, thread, file handle or file more."""
     backend.service.start()  # and what loky keeps beside its first worker, for as long as the program runs
     assert backend.service.worker_pids()
     fresh_workers()
-    before = held()
-    yield
-    fresh_workers()
-    after = held()
-    more = {kind: left for kind in after if (left := after[kind] - before[kind])}
-    assert not more, more
+    with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):
+        before = held()
+        yield
+        fresh_workers()
+        after = held()
+        more = {kind: left for kind in after if (left := after[kind] - before[kind])}
+        assert not more, more
 
 
 def held() -> dict[str, Any]:
@@ -109,5 +111,5 @@ def held() -> dict[str, Any]:
         "processes": {(process.pid, " ".join(process.cmdline())) for process in processes},
         "threads": {thread for thread in threading.enumerate() if thread.name.startswith("frame-swap-worker")},
         "handles": Counter("a pipe" if handle.startswith("pipe:") else handle for handle in handles),
-        "folders": {path for path in Path(tempfile.gettempdir()).iterdir() if path.name.startswith("frame-swap-")},
+        "files": set(Path(tempfile.gettempdir()).rglob("*")),
     }

@@ -110,8 +110,16 @@ def eats_memory() -> None:
 
 
 def hangs() -> None:
-    """And never lets go of the GIL."""
+    """And never lets go of the GIL, so that other threads of the worker stand still, too."""
     ctypes.PyDLL(None).pause()
+
+
+def killed_then_hangs() -> None:
+    """At the first attempt, and at the second."""
+    marks = json.loads(os.environ[VARIABLE])["marks"]
+    if len(list(Path(marks).glob("hit-*"))) == 1:
+        killed()
+    threading.Event().wait(timeout=3600)  # where `hangs` would keep locks on files of the cache from others
 
 
 def killed_beside_a_compiler() -> None:
@@ -125,6 +133,7 @@ def killed_beside_a_compiler() -> None:
     compiler = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE)
     assert compiler.stdout is not None
     compiler.stdout.readline()
+    Path(json.loads(os.environ[VARIABLE])["marks"], f"compiler-{compiler.pid}").touch()
     killed()
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import subprocess
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 import frame_swap
 from frame_swap import State, backend
 
-from . import Fault
+from . import VARIABLE, Fault
 from .harness import fresh_workers, nothing_left_behind, plant, survives, works
 
 
@@ -76,6 +80,9 @@ def test_a_worker_that_is_lost_twice_leaves_the_pair(
         survives(lambda x: x.sin() + 1, "its compile failed", *words, "(tried twice)")
         # A worker that dies before it is given anything to do is replaced, and nothing was tried.
         assert fault.hits in ((2, 3) if when == "importing" else (2,))
+        compilers = [int(mark.name.removeprefix("compiler-")) for mark in Path(fault.marks).glob("compiler-*")]
+        assert len(compilers) == (2 if what == "killed_beside_a_compiler" else 0)
+        wait_for(lambda: not any(map(runs, compilers)))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +135,63 @@ def test_what_nobody_wants_any_more_is_not_tried_again(faulty: Callable[..., Fau
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert (region.state, fault.hits) == (State.STALE, 1)
+
+
+RETRYING = """
+    import os, pathlib, threading, torch, frame_swap
+    from frame_swap.compiling import worker
+    from frame_swap.compiling.service import service
+    from faults import inject
+    worker.initialize = inject.initialize
+    torch.set_num_threads(1)  # OpenMP does not survive a fork
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="frame_swap")
+    x = torch.randn(4)
+    compiled(x)
+    # The first attempt is lost, and the second is on its way.
+    while len(list(pathlib.Path({marks!r}).glob("hit-*"))) < 2:
+        threading.Event().wait(0.05)
+    print(frame_swap.report().regions[0].state, *service.worker_pids(), flush=True)
+"""
+
+
+def retrying(marks: Path) -> tuple[str, dict[str, str]]:
+    """A program whose compile is at its second attempt, which hangs; and its environment."""
+    fault = Fault("compiling", "killed_then_hangs", str(marks))
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {VARIABLE: json.dumps(dataclasses.asdict(fault)), "PYTHONPATH": path, "FRAME_SWAP_WORKERS": "1"}
+    return textwrap.dedent(RETRYING.format(marks=str(marks))), environment
+
+
+@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(3)"])
+def test_exit_during_a_second_attempt(run_program: Any, tmp_path: Path, ending: str) -> None:
+    program, environment = retrying(tmp_path)
+    done = run_program(program + ending, check=False, **environment)
+    state, *pids = done.stdout.split()
+    assert (state, done.returncode, done.stderr) == ("pending", 3 if "3" in ending else 0, "")
+    wait_for(lambda: not any(runs(int(pid)) for pid in pids))
+
+
+def test_a_fork_during_a_second_attempt(run_program: Any, tmp_path: Path) -> None:
+    program, environment = retrying(tmp_path)
+    program += textwrap.dedent("""
+        if os.fork() == 0:
+            worker.initialize = inject.initialize_worker
+            print(service.worker_pids(), flush=True)
+            torch.testing.assert_close(compiled(x), x.sin() + 1)
+            other = torch.compile(lambda x: x.sin() + 2, backend="frame_swap")
+            other(x)
+            print(*(region.state for region in frame_swap.wait(timeout=200).regions), flush=True)
+            torch.testing.assert_close(other(x), x.sin() + 2)
+            service.stop()
+            os._exit(0)
+        os.wait()
+        torch.testing.assert_close(compiled(x), x.sin() + 1)
+        print(frame_swap.report().regions[0].state, *service.worker_pids(), flush=True)
+    """)
+    before, forked, child, after = run_program(program, **environment).stdout.splitlines()
+    assert (forked, child) == ("[]", "failed installed")
+    assert after == before
+    assert before.startswith("pending ")
 
 
 def test_a_hang_ends_with_the_time_limit(faulty: Callable[..., Fault]) -> None:
@@ -239,6 +303,14 @@ def test_idle_workers_end_and_come_back() -> None:
     wait_for(lambda: not backend.service.worker_pids())
     works(lambda x: x.sin() + 15)
     wait_for(lambda: not backend.service.worker_pids())
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there, and no zombie that nobody has asked for."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

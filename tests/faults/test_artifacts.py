@@ -1,0 +1,138 @@
+"""Artifacts that are damaged, made for something else, or held for longer than they are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import pickle
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+
+import frame_swap
+from frame_swap import State, backend
+from frame_swap.compiling import artifact, worker
+
+from .harness import survives
+
+
+class Damaging:
+    """An executor: the workers, whose artifacts come to harm on the way."""
+
+    def __init__(self, damage: Callable[[bytes], bytes]) -> None:
+        self._damage = damage
+
+    def submit(self, call: Callable[[], worker.Outcome]) -> Future[worker.Outcome]:
+        damaged: Future[worker.Outcome] = Future()
+
+        def pass_on(done: Future[worker.Outcome]) -> None:
+            outcome = done.result()
+            assert outcome.artifact is not None
+            damaged.set_result(dataclasses.replace(outcome, artifact=self._damage(outcome.artifact)))
+
+        backend.service._submit_to_pool(call).add_done_callback(pass_on)
+        return damaged
+
+
+def made_for(**changes: Any) -> Callable[[bytes], bytes]:
+    """Changes what an artifact says that it was made for."""
+
+    def change(sealed: bytes) -> bytes:
+        header, _, content = sealed.partition(b"\n")
+        return json.dumps(json.loads(header) | changes).encode() + b"\n" + content
+
+    return change
+
+
+HERE = artifact._made_for()
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "truncated": (lambda sealed: sealed[:-1], r"is not whole: \d+ of \d+ bytes; the next run compiles it again"),
+    "truncated at the start": (lambda sealed: sealed[:20], "does not begin as one does"),
+    "empty": (lambda sealed: b"", "does not begin as one does"),
+    "corrupted": (
+        lambda sealed: sealed[:-9] + bytes([sealed[-9] ^ 1]) + sealed[-8:],
+        "was changed after it was made",
+    ),
+    "no artifact": (lambda sealed: pickle.dumps([1]), "does not begin as one does"),
+    "another frame-swap": (made_for(**{"frame-swap artifact": 0}), "of another frame-swap"),
+    "another torch": (made_for(torch="2.6.0"), r"made for torch 2\.6\.0, here is .*executor=None"),
+    "another Python": (made_for(python="cpython-39"), "made for python cpython-39"),
+    "another architecture": (made_for(architecture="riscv64"), "made for architecture riscv64"),
+    "another instruction set": (
+        made_for(instructions=[*HERE["instructions"], "avx1024"]),
+        "made for a CPU with avx1024, which this lacks; .*executor=None",
+    ),
+}
+
+
+class Bomb:
+    """Goes off when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("it was unpickled",)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_nothing_of_a_damaged_artifact_is_unpickled(damage: str) -> None:
+    spoil, words = DAMAGES[damage]
+    sealed = artifact.seal(pickle.dumps(Bomb()))
+    with pytest.raises(pytest.fail.Exception):
+        pickle.loads(artifact.unseal(sealed))
+    with pytest.raises(artifact.Unusable, match=words):
+        artifact.unseal(spoil(sealed))
+
+
+def test_code_for_fewer_instructions_than_there_are_is_welcome() -> None:
+    sealed = made_for(instructions=[])(artifact.seal(b"content"))
+    assert bytes(artifact.unseal(sealed)) == b"content"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupted", "another torch", "another instruction set"])
+def test_a_damaged_artifact_leaves_the_pair(damage: str) -> None:
+    spoil, words = DAMAGES[damage]
+    frame_swap.configure(executor=Damaging(spoil))
+    region = survives(lambda x: x.sin() + 20, "its artifact", "; ", state=State.REJECTED)
+    assert re.search(words, region.reason)
+
+
+@pytest.mark.parametrize("when", ["ready", "wait"])
+@pytest.mark.parametrize("delay", [0.0, 0.01])
+def test_the_bytes_of_an_artifact_go_when_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, when: Any, delay: float
+) -> None:
+    """Without waiting for the garbage collector."""
+    seen = []
+    load = artifact.load
+    monkeypatch.setattr(artifact, "load", lambda sealed, *a, **k: (seen.append(sealed), load(sealed, *a, **k))[1])
+    frame_swap.configure(when=when, delay=delay)
+    x = torch.randn(4, requires_grad=True)
+    compiled = torch.compile(lambda x: (x.sin() + 21).sum(), backend="frame_swap")
+    gc.collect()
+    gc.disable()
+    try:
+        compiled(x).backward()
+        (region,) = frame_swap.wait().regions
+        idle()
+    finally:
+        gc.enable()
+    assert region.state is State.INSTALLED
+    (sealed,) = seen
+    del seen[:]
+    assert region.artifact_bytes == len(sealed)
+    assert sys.getrefcount(sealed) == 2, [type(one) for one in gc.get_referrers(sealed)]
+
+
+def idle() -> None:
+    """Until the threads that had to do with a compile are done with it."""
+    loader = backend.service._loader
+    if loader is not None:
+        loader.submit(int).result()
+    frame_swap.configure(executor=None)
+    backend.service._submit_to_pool(int).result()
