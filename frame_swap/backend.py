@@ -86,7 +86,9 @@ def frame_swap_backend(
             return _compile_in_foreground(region, str(error), gm, example_inputs, changes)
         shapes, limit = internals.FrameShapes(example_inputs), internals.recompile_limit()
         graph = copy_of_graph(gm) if settings.current().verify else None
-        shipment = _Shipment(region, parcel, changes, shapes, limit, settings.current(), graph)
+        shipment = _Shipment(
+            region, parcel, changes, shapes, limit, settings.current(), graph, ship.has_effects(gm)
+        )
         internals.prepare_cudagraphs(changes)
         job = _submit(shipment, deliver=when != "wait")
 
@@ -122,6 +124,7 @@ class _Shipment(NamedTuple):
     limit: int  # of compiles for other sizes: as many as Dynamo's recompiles of a frame
     settings: settings.Settings
     graph: torch.fx.GraphModule | None  # Dynamo's, where compiled code is to be verified
+    has_effects: bool  # other than on inputs, such as printing
     sizes: dict[str, int] | None = None  # of symbols, by name, where it is not compiled for those at capture
 
 
@@ -158,6 +161,8 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
                 state, guarded = shipment.parcel.state, trampoline.site is not None
                 compiled = artifact.load(outcome.artifact, state, shipment.options, guarded=guarded)
                 region.wrappers = compiled.wrappers
+                if shipment.has_effects:  # which may have happened before a call raises
+                    compiled = compiled._replace(repeatable=False)
                 relations = pickle.loads(outcome.late_guards)
                 if frame_open:
                     shipment.shapes.guard_on(relations)
@@ -165,7 +170,7 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
                 prepare = functools.partial(_prepare_install, trampoline.site, compiled, condition)
                 # An open frame has no code yet that could be prepared.
                 install = (lambda: prepare()()) if frame_open else prepare()
-                offer = Offer(compiled, condition, install, tuple(_trials(shipment, compiled)))
+                offer = Offer(compiled, condition, install, tuple(_trials(shipment)))
         except guards.Inexpressible as error:
             _give_up(region, f"a late guard: {error}", State.REJECTED)
         except artifact.Unusable as error:
@@ -198,7 +203,7 @@ def _late_condition(
     return codegen.Condition(source, {s.name: at for s, at in shapes.symbols.items() if s in used})
 
 
-def _trials(shipment: _Shipment, compiled: Compiled) -> Iterator[Trial]:
+def _trials(shipment: _Shipment) -> Iterator[Trial]:
     """What compiled code has to pass before it serves alone."""
     if shipment.graph is not None:
         options = {**shipment.parcel.state.configs["inductor"], **shipment.options}
@@ -207,7 +212,7 @@ def _trials(shipment: _Shipment, compiled: Compiled) -> Iterator[Trial]:
             shipment.graph,
             functools.partial(_keep_repro, shipment),
             same_numbers=bool(options.get("fallback_random", False)),
-            has_effects=compiled.has_effects,
+            has_effects=shipment.has_effects,
         )
     if shipment.settings.profit:
         yield Measurement(undisturbed=lambda: service.threads_for_program() is None)

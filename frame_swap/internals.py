@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 
 import sympy
 import torch
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 CHECKED = "2.11 to 2.15"
 
@@ -82,6 +82,7 @@ try:
         detect_fake_mode,
         tracing,
     )
+    from torch._higher_order_ops import effects
     from torch._higher_order_ops.triton_kernel_wrap import (
         kernel_side_table,
         triton_kernel_wrapper_functional,
@@ -182,6 +183,7 @@ __all__ = [
     "functorch_config",
     "gen_alias_from_base",
     "guards_elsewhere",
+    "has_effects",
     "has_external_objects",
     "inductor_config",
     "is_fake",
@@ -484,6 +486,13 @@ def fake_impl(operator: OpOverload) -> Callable[..., Any] | None:
 def effect(operator: OpOverload) -> Any:
     """The effect type that was registered for the operator, None where it has none."""
     return operator_registry.find(operator._name).effect.effect
+
+
+def has_effects(target: object) -> bool:
+    """Whether a graph node's target is an operator with effects that happen in order, such as printing."""
+    if isinstance(target, OpOverloadPacket):
+        return any(has_effects(getattr(target, name)) for name in target.overloads())  # type: ignore[no-untyped-call]
+    return effects.has_effects(target)
 
 
 def register_effect(name: str, effect: Any, library: torch.library.Library) -> None:

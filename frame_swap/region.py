@@ -301,6 +301,8 @@ class Trampoline:
             return self._call_answered(served, args)
         if self._on_trial is not None:
             return self._call_on_trial(args)
+        if (specialiser := self.specialiser) is not None:
+            specialiser.ask(args)
         return self._call_pair(args)
 
     def boxed(self, args: list[Any]) -> Any:
@@ -343,8 +345,6 @@ class Trampoline:
 
     def _call_pair(self, args: Sequence[Any]) -> Any:
         self._region.pair_calls += 1
-        if (specialiser := self.specialiser) is not None:
-            specialiser.ask(args)
         return self.pair(*args)
 
     def compiled_for(self, args: Sequence[Any]) -> Callable[..., Any] | None:

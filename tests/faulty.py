@@ -19,7 +19,7 @@ lying = False
 before_relaid: Callable[[], None] = lambda: None  # noqa: E731
 """Called when `relaid` is."""
 
-raising: BaseException | None = None
+raising: BaseException | type[BaseException] | None = None
 """What `fragile` raises, if anything."""
 
 

@@ -34,21 +34,14 @@ class Compiled(NamedTuple):
         call: takes the graph's inputs, returns the sequence of its outputs.
         boxed: Inductor's own function, where nothing at all need be done around it; else None.
         wrappers: what of AOTAutograd's is still called with it.
-        changes_inputs: whether inputs may have changed when a call raises; where not, `had_effects` says of what
-            it raised whether they have all the same.
-        has_effects: whether operators have effects that happen in order, such as printing.
+        repeatable: whether a call that raises has changed no input, unless `had_effects` says otherwise of what it
+            raised.
     """
 
     call: Callable[..., Any]
     boxed: Boxed | None
     wrappers: tuple[str, ...]
-    changes_inputs: bool
-    has_effects: bool
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether a call that raises has left everything as it was, unless `had_effects` says otherwise."""
-        return not self.changes_inputs and not self.has_effects
+    repeatable: bool
 
 
 def had_effects(error: BaseException) -> bool:
@@ -107,10 +100,8 @@ class Replacement:
         active = [type(w).__name__ for w in self._entry.dispatch_wrappers if getattr(w, "needs_post_compile", True)]
         names = {"AOTDedupeWrapper": "inputs passed twice", "AOTSyntheticBaseWrapper": "overlapping inputs"}
         around = (names.get(name, name) for name in active)
-        changes_inputs = made.changes_inputs or "AOTSyntheticBaseWrapper" in active  # it lays them out anew
-        return made._replace(
-            call=_unboxed(outermost), boxed=None, wrappers=(*around, *made.wrappers), changes_inputs=changes_inputs
-        )
+        repeatable = made.repeatable and "AOTSyntheticBaseWrapper" not in active  # it lays inputs out anew
+        return Compiled(_unboxed(outermost), None, (*around, *made.wrappers), repeatable)
 
 
 @contextlib.contextmanager
@@ -157,8 +148,7 @@ class _Graph:
         return self._made(self._surrounded("call(list(args))", boxed, grad), None, self._beneath())
 
     def _made(self, call: Callable[..., Any], boxed: Boxed | None, wrappers: tuple[str, ...]) -> Compiled:
-        metadata = self._metadata
-        return Compiled(call, boxed, wrappers, bool(metadata.mutated_graph_handled_indices), bool(metadata.tokens))
+        return Compiled(call, boxed, wrappers, repeatable=not self._metadata.mutated_graph_handled_indices)
 
     def _needs_more(self) -> bool:
         """Whether the graph's inputs or outputs need any work besides the call."""

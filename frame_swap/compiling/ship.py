@@ -25,7 +25,7 @@ from .process_state import ProcessState
 from .refusal import Unshippable, first_line
 from .triton_kernels import Kernels
 
-__all__ = ["Opened", "Parcel", "Unshippable", "open_parcel", "pack", "unpack_graph"]
+__all__ = ["Opened", "Parcel", "Unshippable", "has_effects", "open_parcel", "pack", "unpack_graph"]
 
 
 _TARGET = "frame_swap_target"
@@ -145,6 +145,12 @@ def _check_graph(gm: GraphModule) -> list[OpOverload]:
             if isinstance(node.target, (OpOverload, OpOverloadPacket)) and operators.is_custom(node.target):
                 custom.update(dict.fromkeys(operators.overloads(node.target)))
     return list(custom)
+
+
+def has_effects(gm: GraphModule) -> bool:
+    """Whether a call of the graph does more than compute outputs and change inputs, in an order that is kept."""
+    modules = (module for module in gm.modules() if isinstance(module, GraphModule))
+    return any(internals.has_effects(node.target) for module in modules for node in module.graph.nodes)
 
 
 def _has_tensors(module: torch.nn.Module) -> bool:
