@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple, cast
+from unittest import mock
 
 import sympy
 import torch
@@ -156,9 +157,11 @@ __all__ = [
     "adopt_code",
     "aot_autograd",
     "artifact_logger",
+    "asks_for_cudagraphs",
     "autocast_dtypes",
     "backend_flags_unlocked",
     "backend_of",
+    "backward_before_forward",
     "boxed_nop",
     "cache_entries",
     "captured_frame",
@@ -604,6 +607,34 @@ def prepare_cudagraphs(options: dict[str, Any]) -> None:
     """Where a compile is to use CUDA graphs: importing their module makes them usable on this thread only."""
     if asks_for_cudagraphs(options) and torch.cuda.is_available():
         importlib.import_module("torch._inductor.cudagraph_trees")
+
+
+@contextlib.contextmanager
+def backward_before_forward() -> Iterator[None]:
+    """Within the block a backward without CUDA graphs, of a forward with them, may be made ready before that ran.
+
+    Each call of such a backward tells the manager of the thread's CUDA graphs that no forward waits for its
+    backward any more. PyTorch looks for the manager once, when it compiles the backward, which is after the
+    forward ran; here each call looks for it.
+    """
+    from torch._inductor import output_code
+
+    def tell_manager(graph: Any, forward_device: Any) -> None:
+        if not graph.fx_kwargs["is_backward"] or not inductor_config.triton.cudagraph_trees:
+            return
+        from torch._inductor.cudagraph_trees import get_manager
+
+        device, call = forward_device.value, graph.current_callable
+
+        def run(inputs: list[Any]) -> Any:
+            if (manager := get_manager(device, create_if_none_exists=False)) is not None:
+                manager.set_to_running_backward()
+            return call(inputs)
+
+        graph.current_callable = run
+
+    with mock.patch.object(output_code, "maybe_handle_backward_generation", tell_manager):
+        yield
 
 
 def stock_inductor(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import Subject, Wrap, is_direct, swap_all, through_swap, wait_for_all
 from torch import Tensor
+from torch.library import custom_op
 
 import frame_swap
 from frame_swap import State
@@ -107,13 +109,28 @@ def test_cuda_graphs_of_reduce_overhead(train: bool) -> None:
     assert [r.state for r in frame_swap.report().regions] == [State.INSTALLED]
 
 
+def replays_noted(monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.CUDAGraph]:
+    """Each replay of a CUDA graph from now on."""
+    replays: list[torch.cuda.CUDAGraph] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    return replays
+
+
+class Mlp(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.nn.functional.gelu(self.first(x)))
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_cuda_graphs_of_what_is_opted_in(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past `torch.compile`'s wrapper, too, each call is a step: it replays, over the last one's outputs."""
     frame_swap.configure(when="manual")
-    replays: list[torch.cuda.CUDAGraph] = []
-    replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    replays = replays_noted(monkeypatch)
 
     def steps(model: torch.nn.Module) -> tuple[list[Tensor], list[tuple[int, str]]]:
         """Outputs, then parameters; and of each step, how often it replays and what becomes of the last output."""
@@ -142,7 +159,7 @@ def test_cuda_graphs_of_what_is_opted_in(train: bool, monkeypatch: pytest.Monkey
             return str(error)
         return "kept" if torch.equal(now, its_value) else "overwritten" if torch.equal(now, next_value) else "lost"
 
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8)).cuda()
+    model = Mlp().cuda()
     x = torch.randn(16, 64, device="cuda")
     opted = frame_swap.opt_in(mode="reduce-overhead")(copy.deepcopy(model))
     stock = torch.compile(copy.deepcopy(model), mode="reduce-overhead")
@@ -164,6 +181,47 @@ def test_cuda_graphs_of_what_is_opted_in(train: bool, monkeypatch: pytest.Monkey
     assert region.pair_calls == 1
     with torch.set_grad_enabled(train):
         assert is_direct(lambda: opted(x))
+
+
+@custom_op("gpu_test::uncapturable", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def uncapturable(x: Tensor) -> Tensor:
+    """A copy; may not be called while a CUDA graph is recorded."""
+    return x.clone()
+
+
+uncapturable.register_fake(torch.empty_like)
+
+
+class OnlyForwardInGraphs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return uncapturable(grad)
+
+
+def test_cuda_graphs_of_a_forward_whose_backward_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame_swap.configure(when="manual")
+    replays = replays_noted(monkeypatch)
+    compiled = torch.compile(OnlyForwardInGraphs.apply, backend="frame_swap", mode="reduce-overhead")
+
+    def step() -> Tensor:
+        x = torch.rand(8, device="cuda", requires_grad=True)
+        compiled(x).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    step()
+    wait_for_all()
+    swap_all()
+    for _ in range(2):  # warms up, records
+        step()
+    replays.clear()
+    for _ in range(3):
+        torch.testing.assert_close(step(), torch.ones(8, device="cuda"))
+    assert len(replays) == 3  # no forward has waited for a backward
 
 
 KERNELS = """

@@ -153,7 +153,13 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guard
         fake_mode = internals.FakeTensorMode(shape_env=internals.ShapeEnv())
         tracing = internals.tracing(internals.TracingContext(fake_mode))
         direct = Replacement(entry, state.grad if guarded else None)
-        with tracing, libraries.supplied(kernels), echo.muted(), direct.installed():
+        with (
+            tracing,
+            libraries.supplied(kernels),
+            echo.muted(),
+            internals.backward_before_forward(),
+            direct.installed(),
+        ):
             outermost = entry.wrap_post_compile(
                 [],
                 entry.sanitized_aot_config,

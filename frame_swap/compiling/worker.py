@@ -304,6 +304,7 @@ def _compile(
             _constants_pickled_for_real(),
             internals.compile_context(context),
             internals.tracing(internals.TracingContext(fake_mode)),
+            internals.backward_before_forward(),
             internals.inductor_config.patch(force_disable_caches=False),
             internals.functorch_config.patch(
                 enable_autograd_cache=True,
