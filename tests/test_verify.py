@@ -316,7 +316,7 @@ def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
     folder.chmod(0o770)
     empty = tmp_path / "empty"
     empty.mkdir(mode=0o700)
-    with pytest.raises(repro.Unusable, match="not yours alone"):
+    with pytest.raises(repro.Unusable, match="others can write to it"):
         repro.difference(folder)
     with pytest.raises(repro.Unusable, match="no folder that frame-swap wrote"):
         repro.difference(empty)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import stat
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import internals
-from ..compiling import artifact, ship, worker
+from ..compiling import artifact, folders, ship, worker
 from .arguments import with_history
 from .comparison import Comparison
 
@@ -68,10 +67,12 @@ def difference(folder: Path) -> str:
     Raises:
         Unusable: with the reason.
     """
-    _check_owner(folder)
     try:
+        folders.check(str(folder))
         parcel = (folder / _PARCEL).read_bytes()
         call = torch.load(folder / _CALL, weights_only=False)
+    except folders.Unsafe as error:
+        raise Unusable(f"what is in {folder} would be run, and others can write to it: {error}") from None
     except OSError as error:
         raise Unusable(f"{folder} is no folder that frame-swap wrote: {error}") from None
     outcome = worker.compile_graph(parcel, call["sizes"], time.time())
@@ -92,12 +93,3 @@ def _restored(value: Any, requires_grad: bool, is_leaf: bool) -> Any:
         return value
     leaf = value.requires_grad_()
     return leaf if is_leaf else with_history(leaf)
-
-
-def _check_owner(folder: Path) -> None:
-    try:
-        found = folder.stat()
-    except OSError as error:
-        raise Unusable(str(error)) from None
-    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-        raise Unusable(f"{folder} is not yours alone to write to, and what is in it would be run")
