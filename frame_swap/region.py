@@ -7,8 +7,14 @@ Guarantees:
 - A region is settled once: its state changes away from PENDING once, and from READY at most once more.
 - Compiled code is installed once, by the first thread to arrive; others go on with the pair meanwhile. More of
   it, for calls that the first does not fit, is asked for one at a time.
+- It is installed under Dynamo's compile lock: nothing else changes the frame's cache meanwhile. A call that finds
+  the lock taken, by a capture, a reset or a load in another thread, leaves installing to a later call.
+- An interrupt (`KeyboardInterrupt`) in the middle of an install leaves a frame that works; the next call installs
+  anew, to the same end. One in the middle of a capture makes its region STALE. Neither leaves a lock held.
 - When the code object that calls a trampoline goes, the trampoline goes, and with it pair, compiled code and
-  the job; a region that was not settled then is STALE. The region itself stays for the report.
+  the job; a region that was not settled then is STALE. The region itself stays for the report, and holds none
+  of them.
+- A forked child goes on with what is installed or loaded. What was compiling stays on the pair there.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import Any
 
-from . import settings
+from . import forks, internals, settings
 from .frames import FrameGone
 from .frames.call_site import CallSite
 from .frames.codegen import Condition, predicate
@@ -88,9 +94,9 @@ class Region:
         self.worker_pid: int | None = None
         self.compile_span: tuple[float, float] | None = None
         self.installed_at: float | None = None
-        self.cancel: Callable[[], None] = lambda: None
+        self.cancel: Callable[[], None] = _nothing
         self._trampoline: weakref.ref[Trampoline] | None = None
-        with _changed:
+        with _lock:
             _regions.append(self)
 
     def __repr__(self) -> str:
@@ -108,7 +114,7 @@ class Region:
 
     def settle(self, state: State, reason: str = "", *, unless: tuple[State, ...] = ()) -> bool:
         """Move to `state`; False where the region is already in one of `unless`, and nothing changes."""
-        with _changed:
+        with _lock:
             if self.state in unless:
                 return False
             self.state, self.reason = state, reason
@@ -117,12 +123,12 @@ class Region:
 
     def begin_specialising(self) -> None:
         """A compile for calls that no artifact fits is on its way."""
-        with _changed:
+        with _lock:
             self.specialising = True
 
     def end_specialising(self, remark: str = "") -> None:
         """It has come, or will not come; `remark` says why."""
-        with _changed:
+        with _lock:
             self.specialising = False
             self.reason = remark or self.reason
             _changed.notify_all()
@@ -147,13 +153,27 @@ class Region:
         """Nobody will call what is being compiled."""
         if self.specialising or self.settle(State.STALE, reason, unless=_SETTLED):
             self.end_specialising()
-            self.cancel()
+            self.cancel_job()
+
+    def cancel_job(self) -> None:
+        """Drop the compile that is queued or under way, and what it holds."""
+        cancel, self.cancel = self.cancel, _nothing
+        cancel()
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """The block captures the frame. Where it ends early, by an interrupt say, nobody awaits the compile."""
+        try:
+            yield
+        except BaseException as error:
+            self.abandon(f"its capture ended with {type(error).__name__}")
+            raise
 
     def record_compile(self, submitted: float, started: float, finished: float, pid: int) -> None:
         """When the compile was asked for, began and ended (seconds since the epoch), and where."""
         self.queue_s, self.compile_s = max(0.0, started - submitted), finished - started
         self.compile_span, self.worker_pid = (started, finished), pid or None
-        self.cancel = lambda: None  # there is nothing to cancel any more; the job, with the artifact, may go
+        self.cancel = _nothing  # there is nothing to cancel any more; the job, with the artifact, may go
 
     @contextmanager
     def timed(self, column: str) -> Iterator[None]:
@@ -168,27 +188,35 @@ class Region:
 Install = Callable[[], tuple[Callable[..., Any], Condition | None, str]]
 """Puts compiled code in place; returns it, what must hold for calling it, and a remark for the report or ""."""
 
+
+def _nothing() -> None:
+    """What cancels no job."""
+
+
 _SETTLED = tuple(state for state in State if state not in (State.PENDING, State.READY))
 
 _NOT_PENDING = tuple(state for state in State if state is not State.PENDING)
 
 _regions: list[Region] = []
-_changed = threading.Condition(threading.RLock())
+_lock = threading.RLock()  # taken itself, not through the condition, which an interrupt can leave locked
+_changed = threading.Condition(_lock)
 
 
 def regions() -> list[Region]:
     """Every region of this process, oldest first."""
-    with _changed:
+    with _lock:
         return list(_regions)
 
 
 def after_fork_in_child() -> None:
     """The compiles that were under way are the parent's; what they were for stays on the pair here."""
-    global _changed
-    _changed = threading.Condition(threading.RLock())
+    global _lock, _changed
+    _lock = threading.RLock()
+    _changed = threading.Condition(_lock)
     for region in _regions:
         region.settle(State.FAILED, "the process was forked while this was compiling", unless=_NOT_PENDING)
         region.specialising = False
+        region.cancel = _nothing  # the job's locks may be held by threads that are not here
 
 
 if hasattr(os, "register_at_fork"):
@@ -197,7 +225,7 @@ if hasattr(os, "register_at_fork"):
 
 def wait_until_settled(timeout: float | None = None) -> bool:
     """Block until no compile is awaited; False when `timeout` seconds passed first."""
-    with _changed:
+    with _lock:
         return _changed.wait_for(lambda: not any(r.awaited for r in _regions), timeout)
 
 
@@ -225,7 +253,6 @@ class Trampoline:
         self._ready: Install | None = None
         self._when = when
         self._attention = False
-        self._installing = threading.Lock()
         region._trampoline = weakref.ref(self)
         weakref.finalize(self, region.abandon).atexit = False
 
@@ -258,30 +285,48 @@ class Trampoline:
         self._region.settle(State.READY, unless=_SETTLED)
         self._region.end_specialising()
 
-    def install(self) -> None:
-        """Install what was offered, if anything was. Where that fails, the pair stays."""
-        if not self._installing.acquire(blocking=False):
-            return  # another thread is at it
+    def install(self, wait: bool = False) -> None:
+        """Install what was offered, if anything was. Where that fails, the pair stays.
+
+        Args:
+            wait: until no other thread compiles or installs; else that leaves installing to a later call.
+        """
+        taken: list[bool] = []
         try:
-            install, self._ready, self._attention = self._ready, None, False
-            if install is not None:
-                with self._region.timed("install_s"):
-                    callee, condition, remark = install()
-                self._serve(callee, condition)
-                self._region.installed_at = time.time()
-                self._region.artifacts += 1
-                self._region.settle(State.INSTALLED, remark)
+            self._attention = False
+            # C code calls it and keeps the answer: no signal can come in between.
+            taken.extend(map(internals.compile_lock.acquire, (wait,)))
+            if taken[0]:
+                self._install()
         except FrameGone:
+            self._ready = None
             self._region.abandon()
         except Exception as error:
+            self._ready = None
             self._region.fail(f"installing failed: {type(error).__name__}: {error}")
         finally:
-            self._installing.release()
+            if taken and taken[0]:
+                internals.compile_lock.release()
+            if self._ready is not None and self._when != "manual":  # set where it is offered, too: never lost
+                self._attention = True
+
+    def _install(self) -> None:
+        install = self._ready
+        if install is None:
+            return
+        with forks.held_off():
+            with self._region.timed("install_s"):
+                callee, condition, remark = install()
+            self._serve(callee, condition)
+            self._region.installed_at = time.time()
+            self._region.artifacts = len(self._artifacts) or 1
+            self._region.settle(State.INSTALLED, remark)
+            self._ready = None  # not before: an install that was interrupted is done again
 
     def install_unless_manual(self) -> None:
         """What the next call would do."""
         if self._when != "manual":
-            self.install()
+            self.install(wait=True)
 
     def _serve(self, callee: Callable[..., Any], condition: Condition | None) -> None:
         """Compiled code is in place; calls that still arrive here get to it in this way."""
@@ -289,7 +334,8 @@ class Trampoline:
             self._compiled = self.pair = callee  # whatever still holds this trampoline need not hold the pair
             self.specialiser = None
         else:
-            self._artifacts += ((predicate(condition), callee),)
+            if all(compiled is not callee for _, compiled in self._artifacts):
+                self._artifacts += ((predicate(condition), callee),)
             if self.specialiser is not None:
                 self.specialiser.resume()
 
@@ -322,17 +368,25 @@ class Specialiser:
 
     def ask(self, args: Sequence[Any]) -> None:
         """A call with the graph's inputs `args` was turned away."""
-        if not self._busy.acquire(blocking=False):
-            return
-        sizes = self._sizes(args)
-        if sizes in self._asked or not self._left:
-            self._busy.release()
-            return
-        self._asked.append(sizes)
-        self._left -= 1
-        self._region.begin_specialising()
-        self._compile(sizes)
+        taken: list[bool] = []
+        try:
+            taken.extend(map(self._busy.acquire, (False,)))  # as in `Trampoline.install`
+            if not taken[0]:
+                return
+            sizes = self._sizes(args)
+            if sizes in self._asked or not self._left:
+                return
+            self._asked.append(sizes)
+            self._left -= 1
+            self._region.begin_specialising()
+            self._compile(sizes)
+            taken.clear()  # given back by `resume`
+        finally:
+            if taken and taken[0]:
+                self._busy.release()
+                self._region.end_specialising()
 
     def resume(self) -> None:
         """The artifact that was asked for is in place, or will not come."""
-        self._busy.release()
+        if self._busy.locked():  # else an interrupt came between asking and noting it
+            self._busy.release()

@@ -8,7 +8,9 @@ Guarantees:
 - `Job.cancel` never waits. A compile that has begun runs on in its worker; its outcome is dropped.
 - At exit nothing is waited for: workers are killed together with their compilers.
 - A forked child starts with no workers and no jobs of its parent's; it gets workers of its own when it needs
-  them. The parent's are not touched.
+  them. The parent's are not touched. A fork waits while another thread starts workers.
+- `Job.cancel` may be called anywhere, from a finalizer too: it takes no lock that the interrupted thread could hold
+  and not take again.
 
 Assumed: one lock guards the pool and the loader; neither is used while it is held, except to create them.
 """
@@ -31,7 +33,7 @@ from typing import Any
 
 import loky
 
-from .. import settings
+from .. import forks, settings
 from . import artifact, worker
 from .refusal import first_line
 from .worker import Outcome
@@ -81,7 +83,7 @@ class Service:
     """Sends parcels to an executor and outcomes to whoever asked."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant, since garbage collection may cancel jobs at any allocation
         self._pool: loky.ProcessPoolExecutor | None = None
         self._pool_size = 0
         self._compiling = 0  # jobs in our own workers
@@ -144,20 +146,26 @@ class Service:
         if loader is not None:
             loader.shutdown(wait=False, cancel_futures=True)
         if pool is not None:
+            for pid in list(pool._processes):
+                worker.kill_group(pid)
             pool.shutdown(wait=True, kill_workers=True)
 
     def forget(self) -> None:
         """In a forked child: start over, leaving the parent's workers to the parent."""
+        # Its locks may be held by threads that are not here: nothing touches it, finalizers least of all.
+        _inherited.append(self._pool)
+        loky.process_executor._threads_wakeups.clear()  # or loky would, at exit
         self.__init__()  # type: ignore[misc]
 
     def _submit_to_pool(self, call: Callable[[], Any]) -> Future[Any]:
-        try:
-            future: Future[Any] = self._own_pool().submit(call)
-        except loky.process_executor.BrokenProcessPool:
-            with self._lock:  # a worker died and took its pool along: make another, once
-                self._pool = None
-            future = self._own_pool().submit(call)
-        return future
+        with forks.held_off():
+            try:
+                future: Future[Any] = self._own_pool().submit(call)
+            except loky.process_executor.BrokenProcessPool:
+                with self._lock:  # a worker died and took its pool along: make another, once
+                    self._pool = None
+                future = self._own_pool().submit(call)
+            return future
 
     def _own_pool(self) -> Any:
         size = settings.current().workers
@@ -191,6 +199,8 @@ class Service:
         future.add_done_callback(done)
 
     def _done(self, job: Job, future: Future[Outcome]) -> None:
+        if job._deliver is None:  # cancelled
+            return
         outcome = _outcome(future)
         if job._delay > 0:
             job._hold = threading.Timer(job._delay, self._finish, (job, outcome))
@@ -246,6 +256,9 @@ def _failed(error: str) -> Outcome:
 
 
 service = Service()
+
+_inherited: list[Any] = []
+"""What a forked child keeps and never uses."""
 
 
 @functools.cache

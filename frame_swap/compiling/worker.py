@@ -5,7 +5,8 @@ terminal, and only then pays for the import.
 
 Guarantees:
 - `initialize` returns once the worker is nice, deaf to Ctrl-C, detached from the program's output and watched:
-  when the program's process is gone, however it went, the worker ends itself and its compilers.
+  when the program's process is gone, however it went, the worker ends itself and its compilers. They are one
+  process group and are killed as one: a worker whose compiler ends does not begin another meanwhile.
 - `compile_graph` raises nothing: a failure comes back as an `Outcome` with `error` set.
 - Each compile begins with the settings of its own parcel.
 """
@@ -63,6 +64,8 @@ def initialize(parent: int, niceness: int, compiler_threads: int) -> None:
     with contextlib.suppress(OSError):  # not permitted to change priority: then not
         os.nice(niceness)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     _let_go_of_output()
     threading.Thread(target=_end_with, args=(parent,), name="frame-swap-watch", daemon=True).start()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(compiler_threads)
@@ -120,11 +123,19 @@ def _end_with(parent: int) -> None:
     except (AttributeError, OSError):  # not Linux, or gone already
         with contextlib.suppress(psutil.Error):
             psutil.Process(parent).wait()
-    with contextlib.suppress(psutil.Error):
+    kill_group(os.getpid())
+    with contextlib.suppress(psutil.Error):  # where there are no process groups
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
     os._exit(0)
+
+
+def kill_group(worker: int) -> None:
+    """Kill a worker and its compilers, all at once; nothing where it has not begun, or is gone."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(OSError):
+            os.killpg(worker, signal.SIGKILL)
 
 
 def compile_graph(parcel: bytes, sizes: dict[str, int], submitted: float) -> Outcome:

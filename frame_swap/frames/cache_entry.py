@@ -7,6 +7,12 @@ entry itself says before anything is written.
 
 An entry belongs to Dynamo and goes when its guards do: it is looked up again each time, by its current code
 object, and never kept. Other threads that run the old code object keep it alive through their frames.
+
+Guarantees:
+- An entry runs the old code or the new, whatever interrupts this thread: the write is one step, and what comes
+  before it may be done twice.
+
+Assumed: the caller holds Dynamo's compile lock, as `torch._dynamo.reset` does; it frees entries.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from types import CodeType
 from typing import Any
 
 from .. import internals
+from . import FrameGone
 
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
 
@@ -25,10 +32,10 @@ class UnknownLayout(Exception):
     """This torch or this Python lays cache entries out in a way that has not been checked."""
 
 
-def find(original: CodeType, generated: CodeType) -> Any | None:
-    """The entry of the user's code `original` whose generated code is `generated`; None if it is gone."""
+def find(original: CodeType, *generated: CodeType | None) -> Any | None:
+    """The entry of the user's code `original` whose code is one of `generated`; None if it is gone."""
     for entry in internals.cache_entries(original):
-        if entry.code is generated:
+        if entry.code is not None and any(entry.code is code for code in generated):
             return entry
     return None
 
@@ -38,13 +45,36 @@ def replace_code(entry: Any, new: CodeType) -> None:
 
     Raises:
         UnknownLayout: and nothing was written.
+        FrameGone: another thread has just deleted what the entry's guards are about.
     """
-    old = entry.code
-    field = _code_field(entry)
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(new))
-    field.value = id(new)
-    ctypes.pythonapi.Py_DecRef(ctypes.py_object(old))
-    internals.adopt_code(old, new)
+    field, guards = _code_field(entry), entry.guard_manager
+    if entry.code is not None:
+        internals.adopt_code(entry.code, new)
+        _set(field, new)
+        if entry.guard_manager is guards:
+            return
+        _set(field, None)
+    raise FrameGone
+
+
+def _set(field: ctypes.c_void_p, value: CodeType | None) -> None:
+    # Reference counts and the pointer change in one call, which neither a signal nor another thread divides.
+    ctypes.pythonapi.PyMember_SetOne(ctypes.byref(field), ctypes.byref(_OBJECT), ctypes.py_object(value))
+
+
+class _MemberDef(ctypes.Structure):
+    """How C extensions describe a field of a struct: `PyMemberDef`."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("type", ctypes.c_int),
+        ("offset", ctypes.c_ssize_t),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+_OBJECT = _MemberDef(name=b"code", type=16)  # Py_T_OBJECT_EX: an owned reference
 
 
 def _code_field(entry: Any) -> ctypes.c_void_p:
