@@ -9,8 +9,8 @@ Guarantees:
   it, for calls that the first does not fit, is asked for one at a time.
 - It is installed under Dynamo's compile lock: nothing else changes the frame's cache meanwhile. A call that finds
   the lock taken, by a capture, a reset or a load in another thread, leaves installing to a later call.
-- An interrupt (`KeyboardInterrupt`) in the middle of an install leaves a frame that works; the next call installs
-  anew, to the same end. One in the middle of a capture makes its region STALE. Neither leaves a lock held.
+- An interrupt (`KeyboardInterrupt`) is raised when the install that it came into is done; one in the middle of a
+  capture makes its region STALE. Neither leaves a lock held.
 - When the code object that calls a trampoline goes, the trampoline goes, and with it pair, compiled code and
   the job; a region that was not settled then is STALE. The region itself stays for the report, and holds none
   of them.
@@ -96,8 +96,6 @@ class Region:
         self.installed_at: float | None = None
         self.cancel: Callable[[], None] = _nothing
         self._trampoline: weakref.ref[Trampoline] | None = None
-        with _lock:
-            _regions.append(self)
 
     def __repr__(self) -> str:
         return f"<Region {self.compile_id} {self.frame}: {self.state}>"
@@ -162,8 +160,10 @@ class Region:
 
     @contextmanager
     def captured(self) -> Iterator[None]:
-        """The block captures the frame. Where it ends early, by an interrupt say, nobody awaits the compile."""
+        """The block captures the frame, a row of the report from now on; nobody awaits it where the block fails."""
         try:
+            with _lock:
+                _regions.append(self)
             yield
         except BaseException as error:
             self.abandon(f"its capture ended with {type(error).__name__}")
@@ -297,7 +297,7 @@ class Trampoline:
             # C code calls it and keeps the answer: no signal can come in between.
             taken.extend(map(internals.compile_lock.acquire, (wait,)))
             if taken[0]:
-                self._install()
+                self._install_to_the_end()
         except FrameGone:
             self._ready = None
             self._region.abandon()
@@ -310,6 +310,15 @@ class Trampoline:
             if self._ready is not None and self._when != "manual":  # set where it is offered, too: never lost
                 self._attention = True
 
+    def _install_to_the_end(self) -> None:
+        try:
+            self._install()
+        except Exception:
+            raise
+        except BaseException:  # an interrupt: the frame may be rewritten already, and then no call comes by again
+            self._install()
+            raise
+
     def _install(self) -> None:
         install = self._ready
         if install is None:
@@ -321,7 +330,7 @@ class Trampoline:
             self._region.installed_at = time.time()
             self._region.artifacts = len(self._artifacts) or 1
             self._region.settle(State.INSTALLED, remark)
-            self._ready = None  # not before: an install that was interrupted is done again
+            self._ready = None  # not before: what an interrupt cuts short is done again, to the same end
 
     def install_unless_manual(self) -> None:
         """What the next call would do."""

@@ -9,10 +9,10 @@ An entry belongs to Dynamo and goes when its guards do: it is looked up again ea
 object, and never kept. Other threads that run the old code object keep it alive through their frames.
 
 Guarantees:
-- An entry runs the old code or the new, whatever interrupts this thread: the write is one step, and what comes
-  before it may be done twice.
+- An entry runs the old code or the new, whatever interrupts this thread or runs in others: checking what is there
+  and writing is one step, and what comes before it may be done twice.
 
-Assumed: the caller holds Dynamo's compile lock, as `torch._dynamo.reset` does; it frees entries.
+Assumed: the caller holds Dynamo's compile lock, as `torch._dynamo.reset` does, which frees entries.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class UnknownLayout(Exception):
 
 def find(original: CodeType, *generated: CodeType | None) -> Any | None:
     """The entry of the user's code `original` whose code is one of `generated`; None if it is gone."""
+    wanted = [id(code) for code in generated if code is not None]
     for entry in internals.cache_entries(original):
-        if entry.code is not None and any(entry.code is code for code in generated):
+        if id(entry.code) in wanted:
             return entry
     return None
 
@@ -45,21 +46,18 @@ def replace_code(entry: Any, new: CodeType) -> None:
 
     Raises:
         UnknownLayout: and nothing was written.
-        FrameGone: another thread has just deleted what the entry's guards are about.
+        FrameGone: another thread has just deleted what the entry's guards are about, and nothing was written.
     """
-    field, guards = _code_field(entry), entry.guard_manager
-    if entry.code is not None:
-        internals.adopt_code(entry.code, new)
-        _set(field, new)
-        if entry.guard_manager is guards:
-            return
-        _set(field, None)
-    raise FrameGone
-
-
-def _set(field: ctypes.c_void_p, value: CodeType | None) -> None:
-    # Reference counts and the pointer change in one call, which neither a signal nor another thread divides.
-    ctypes.pythonapi.PyMember_SetOne(ctypes.byref(field), ctypes.byref(_OBJECT), ctypes.py_object(value))
+    field, old = _code_field(entry), entry.code
+    if old is None:
+        raise FrameGone
+    internals.adopt_code(old, new)
+    expected, target, value = id(old), ctypes.byref(field), ctypes.py_object(new)
+    # Threads take turns, and signals are looked at, when a call has returned: not between these two lines.
+    if field.value == expected:
+        _set_object(target, _OWNED, value)
+    else:
+        raise FrameGone
 
 
 class _MemberDef(ctypes.Structure):
@@ -74,7 +72,9 @@ class _MemberDef(ctypes.Structure):
     )
 
 
-_OBJECT = _MemberDef(name=b"code", type=16)  # Py_T_OBJECT_EX: an owned reference
+_OWNED = ctypes.byref(_MemberDef(name=b"code", type=16))  # Py_T_OBJECT_EX: an owned reference
+
+_set_object = ctypes.pythonapi.PyMember_SetOne  # writes the pointer and counts both references
 
 
 def _code_field(entry: Any) -> ctypes.c_void_p:
