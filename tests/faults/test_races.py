@@ -32,18 +32,22 @@ class Program:
 
     SOURCE = "def function(x):\n    return model(x).sin() * scale if marker is not None else x\n"
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
         self.freed: list[weakref.ref[Any]] = []
-        self._watch(monkeypatch, ship, "pack", lambda args, _: [args[0]])
-        self._watch(monkeypatch, backend, "trace_pair", lambda args, pair: [args[0], pair])
-        self._watch(monkeypatch, artifact, "load", lambda args, compiled: [compiled.call])
-        self._watch(monkeypatch, backend.service, "submit", lambda args, job: [job])
-        self._watch(monkeypatch, backend, "_on_outcome", lambda args, _: [args[1]])
+        if monkeypatch is not None:
+            self._watch_all(monkeypatch)
         self.scope: dict[str, Any] = {"model": torch.nn.Linear(4, 4), "scale": 2.0, "marker": type("", (), {})}
         exec(compile(self.SOURCE, __file__, "exec"), self.scope)
         self.function = self.scope["function"]
         self.compiled = torch.compile(self.function, backend="frame_swap", dynamic=False)
         self.x = torch.randn(3, 4)
+
+    def _watch_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._watch(monkeypatch, ship, "pack", lambda args, _: [args[0]])
+        self._watch(monkeypatch, backend, "trace_pair", lambda args, pair: [args[0], pair])
+        self._watch(monkeypatch, artifact, "load", lambda args, compiled: [compiled.call])
+        self._watch(monkeypatch, backend.service, "submit", lambda args, job: [job])
+        self._watch(monkeypatch, backend, "_on_outcome", lambda args, _: [args[1]])
 
     def _watch(
         self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, of: Callable[[Any, Any], list[Any]]
@@ -67,6 +71,13 @@ class Program:
             del self.function, self.compiled
         gc.collect()
         return deleted
+
+
+class Silent(Executor):
+    """Never answers."""
+
+    def submit(self, call: Callable[[], Any], /, *args: Any, **keywords: Any) -> Future[Any]:  # type: ignore[override]
+        return Future()
 
 
 class Held(Executor):
@@ -245,12 +256,12 @@ def test_stances(moment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- KeyboardInterrupt: at each point of a capture and of an install ---------------------------------------
 
 
-def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works() -> None:
     files = ("frame_swap/region.py", "frame_swap/forks.py", "/call_site.py", "/cache_entry.py", "/backend.py")
     frame_swap.configure(executor=Canned(backend.service._submit_to_pool))
     for at in itertools.count():
         torch._dynamo.reset()
-        program = Program(monkeypatch)
+        program = Program()
         program.check()
         settle()
         (first,) = region.regions()[at:]
@@ -264,12 +275,12 @@ def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works(monkeypat
     assert at > 30
 
 
-def test_an_interrupt_anywhere_in_a_capture_leaves_nothing_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_anywhere_in_a_capture_leaves_nothing_pending() -> None:
     files = ("frame_swap/backend.py", "frame_swap/region.py", "/service.py", "/call_site.py", "frame_swap/forks.py")
     for at in itertools.count():
         torch._dynamo.reset()
-        program = Program(monkeypatch)
-        frame_swap.configure(executor=Held())
+        program = Program()
+        frame_swap.configure(executor=Silent())
         if not interrupted(at, files, lambda: program.compiled(program.x)):
             break
         frame_swap.configure(when="never")
@@ -286,7 +297,7 @@ def test_an_interrupt_where_the_first_call_waits(monkeypatch: pytest.MonkeyPatch
     def interrupt(job: Any) -> None:
         raise KeyboardInterrupt
 
-    program = Program(monkeypatch)
+    program = Program()
     with monkeypatch.context() as patches:
         patches.setattr(backend.Job, "wait", interrupt)
         frame_swap.configure(when="wait")
@@ -312,7 +323,7 @@ def assert_nothing_is_held() -> None:
 
 
 @pytest.mark.parametrize("event", ["reset", "delete", "recompile", "global", "stance", "swap"])
-def test_another_thread_races_with_the_calls(event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_thread_races_with_the_calls(event: str) -> None:
     """Whichever comes first in a round: no call raises, each returns what it should."""
     events: dict[str, Callable[[Program], object]] = {
         "reset": lambda p: torch._dynamo.reset(),
@@ -325,7 +336,7 @@ def test_another_thread_races_with_the_calls(event: str, monkeypatch: pytest.Mon
     frame_swap.configure(executor=Canned(backend.service._submit_to_pool))
     for _ in range(10):
         torch._dynamo.reset()
-        program = Program(monkeypatch)
+        program = Program()
         results = [program.function(program.x)]
         results.append(results[0] * 1.5)  # after `scale` has changed
         program.check()
@@ -351,10 +362,10 @@ def test_another_thread_races_with_the_calls(event: str, monkeypatch: pytest.Mon
         settle()
 
 
-def test_a_job_may_be_cancelled_wherever_garbage_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_may_be_cancelled_wherever_garbage_is_collected() -> None:
     """A trampoline that is part of a cycle goes at any allocation, also where this thread holds the locks."""
-    frame_swap.configure(executor=Held())
-    program = Program(monkeypatch)
+    frame_swap.configure(executor=Silent())
+    program = Program()
     program.check()
     assert backend.service._loader is not None
 
@@ -368,8 +379,8 @@ def test_a_job_may_be_cancelled_wherever_garbage_is_collected(monkeypatch: pytes
     assert first.state is State.STALE
 
 
-def test_a_row_of_the_report_keeps_nothing_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = Program(monkeypatch)
+def test_a_row_of_the_report_keeps_nothing_alive() -> None:
+    program = Program()
     program.check()
     settle()
     program.check()
