@@ -25,7 +25,7 @@ import torch
 
 import guards
 
-from . import internals, settings
+from . import forks, internals, settings
 from .checking import repro
 from .checking.comparison import copy_of_graph
 from .checking.profit import Measurement
@@ -71,9 +71,20 @@ def frame_swap_backend(
 
     # 1. Capture
     frame = internals.captured_frame()
-    compile_id = str(gm.meta.get("dynamo_compile_id") or "")
-    region = Region(frame.code if frame else None, compile_id)
-    when = settings.current().when
+    region = Region(frame.code if frame else None, str(gm.meta.get("dynamo_compile_id") or ""))
+    with region.captured():
+        return _answer(region, frame, gm, example_inputs, changes)
+
+
+def _answer(
+    region: Region,
+    frame: internals.CapturedFrame | None,
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    changes: dict[str, Any],
+) -> Callable[..., Any]:
+    """Have the graph compiled in the background; what answers its calls meanwhile."""
+    compile_id, when = region.compile_id or None, settings.current().when
 
     # 2. Ship
     if when == "never":
@@ -81,7 +92,7 @@ def frame_swap_backend(
     else:
         try:
             with region.timed("ship_s"):
-                parcel = ship.pack(gm, example_inputs, changes, compile_id or None)
+                parcel = ship.pack(gm, example_inputs, changes, compile_id)
         except ship.Unshippable as error:
             return _compile_in_foreground(region, str(error), gm, example_inputs, changes)
         shapes, limit = internals.FrameShapes(example_inputs), internals.recompile_limit()
@@ -100,7 +111,7 @@ def frame_swap_backend(
         region.abandon("Dynamo started the frame over")
         raise
     except Exception as error:
-        region.cancel()
+        region.cancel_job()
         reason = f"no eager pair: {type(error).__name__}: {error}"
         return _compile_in_foreground(region, reason, gm, example_inputs, changes)
 
@@ -151,7 +162,8 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
     region.artifact_bytes = len(outcome.artifact)
 
     # 6. Load
-    with internals.compile_lock:  # Dynamo is done with the frame then, and the trampoline is in its code
+    offer: Offer | None = None
+    with internals.compile_lock, forks.held_off():  # Dynamo is done with the frame then: it calls the trampoline
         trampoline = region.trampoline
         if trampoline is None:
             region.abandon()
@@ -167,7 +179,7 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
                 if frame_open:
                     shipment.shapes.guard_on(relations)
                 condition = _late_condition(shipment, relations, trampoline)
-                prepare = functools.partial(_prepare_install, trampoline.site, compiled, condition)
+                prepare = functools.cache(functools.partial(_prepare_install, trampoline.site, compiled, condition))
                 # An open frame has no code yet that could be prepared.
                 install = (lambda: prepare()()) if frame_open else prepare()
                 offer = Offer(compiled, condition, install, tuple(_trials(shipment)))
@@ -182,8 +194,8 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
                 return
             log.info("frame-swap: loading %s failed", region, exc_info=True)
             _give_up(region, f"loading its compiled code failed: {type(error).__name__}: {error}")
-        else:
-            trampoline.offer(offer)
+    if offer is not None:  # without the lock, which the next call needs
+        trampoline.offer(offer)
 
 
 def _late_condition(

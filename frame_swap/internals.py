@@ -276,12 +276,12 @@ def adopt_code(old: CodeType, new: CodeType) -> None:
     """Give `new` what Dynamo keeps for its generated code object `old`.
 
     Dynamo deletes the globals that generated code uses (`__compiled_fn_*`, resume functions) when that code
-    object dies; they now have to live as long as `new`.
+    object dies; they now have to live as long as `new`. May be done again where it was interrupted.
     """
     orig_code_map[new] = orig_code_map[old]
     output_codes.add(new)
-    if old in CleanupManager.instance:
-        CleanupManager.instance[new] = CleanupManager.instance[old]
+    if hooks := CleanupManager.instance.get(old):
+        CleanupManager.instance[new] = hooks
         CleanupManager.instance[old] = []
     # A resume function compiles while its caller's frame is on the stack, and Dynamo's metrics keep a traceback
     # of that, with the caller's generated code, for an error message within the same compile.

@@ -14,9 +14,15 @@ Guarantees:
   from TRIAL to a settled one, and from INSTALLED to REJECTED where compiled code raises.
 - Compiled code is installed once, by the first thread to arrive; others go on with the pair meanwhile. More of
   it, for calls that the first does not fit, is asked for one at a time.
+- It is installed under Dynamo's compile lock: nothing else changes the frame's cache meanwhile. A call that finds
+  the lock taken, by a capture, a reset or a load in another thread, leaves installing to a later call; so it does
+  with the way back to the pair, and calls whose compiled code raises are answered one by one until then.
+- An interrupt (`KeyboardInterrupt`) is raised when the install that it came into is done; one in the middle of a
+  capture makes its region STALE. Neither leaves a lock held.
 - Rewritten code names a trampoline only where an error is to be answered. When the code object that names it
   goes, the trampoline goes, and with it pair, compiled code and the job; a region that was not settled then is
-  STALE. The region itself stays for the report.
+  STALE. The region itself stays for the report, and holds none of them.
+- A forked child goes on with what is installed or loaded. What was compiling stays on the pair there.
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import settings
+from . import forks, internals, settings
 from .checking.trial import Sides, Trial
 from .compiling.direct import Compiled, had_effects
 from .compiling.refusal import first_line
@@ -110,10 +116,8 @@ class Region:
         self.worker_pid: int | None = None
         self.compile_span: tuple[float, float] | None = None
         self.installed_at: float | None = None
-        self.cancel: Callable[[], None] = lambda: None
+        self.cancel: Callable[[], None] = _nothing
         self._trampoline: weakref.ref[Trampoline] | None = None
-        with _changed:
-            _regions.append(self)
 
     def __repr__(self) -> str:
         return f"<Region {self.compile_id} {self.frame}: {self.state}>"
@@ -130,7 +134,7 @@ class Region:
 
     def settle(self, state: State, reason: str = "", *, unless: tuple[State, ...] = ()) -> bool:
         """Move to `state`; False where the region is already in one of `unless`, and nothing changes."""
-        with _changed:
+        with _lock:
             if self.state in unless:
                 return False
             self.state, self.reason = state, reason
@@ -139,12 +143,12 @@ class Region:
 
     def begin_specialising(self) -> None:
         """A compile for calls that no artifact fits is on its way."""
-        with _changed:
+        with _lock:
             self.specialising = True
 
     def end_specialising(self, remark: str = "") -> None:
         """It has come, or will not come; `remark` says why."""
-        with _changed:
+        with _lock:
             self.specialising = False
             self.reason = remark or self.reason
             _changed.notify_all()
@@ -161,12 +165,12 @@ class Region:
 
     def reject(self, reason: str) -> None:
         """What was installed, or was about to be, is out of use: the pair is back, one warning says so."""
-        with _changed:
+        with _lock:
             if self.state in (State.REJECTED, State.STALE):
                 return
             self.state, self.reason, self.artifacts = State.REJECTED, reason, 0
             self.end_specialising()
-        self.cancel()
+        self.cancel_job()
         self._warn(f"is back on its eager pair: {reason}")
 
     def _warn(self, what: str) -> None:
@@ -181,13 +185,29 @@ class Region:
         """Nobody will call what is being compiled."""
         if self.specialising or self.settle(State.STALE, reason, unless=_SETTLED):
             self.end_specialising()
-            self.cancel()
+            self.cancel_job()
+
+    def cancel_job(self) -> None:
+        """Drop the compile that is queued or under way, and what it holds."""
+        cancel, self.cancel = self.cancel, _nothing
+        cancel()
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """The block captures the frame, a row of the report from now on; nobody awaits it where the block fails."""
+        try:
+            with _lock:
+                _regions.append(self)
+            yield
+        except BaseException as error:
+            self.abandon(f"its capture ended with {type(error).__name__}")
+            raise
 
     def record_compile(self, submitted: float, started: float, finished: float, pid: int) -> None:
         """When the compile was asked for, began and ended (seconds since the epoch), and where."""
         self.queue_s, self.compile_s = max(0.0, started - submitted), finished - started
         self.compile_span, self.worker_pid = (started, finished), pid or None
-        self.cancel = lambda: None  # there is nothing to cancel any more; the job, with the artifact, may go
+        self.cancel = _nothing  # there is nothing to cancel any more; the job, with the artifact, may go
 
     def note(self, findings: Mapping[str, Any]) -> None:
         """Set attributes, by name."""
@@ -230,27 +250,34 @@ class _Served(NamedTuple):
         return self.fits is None or self.fits(*args)
 
 
+def _nothing() -> None:
+    """What cancels no job."""
+
+
 _SETTLED = tuple(state for state in State if state not in (State.PENDING, State.READY, State.TRIAL))
 
 _NOT_PENDING = tuple(state for state in State if state is not State.PENDING)
 
 _regions: list[Region] = []
-_changed = threading.Condition(threading.RLock())
+_lock = threading.RLock()  # taken itself, not through the condition, which an interrupt can leave locked
+_changed = threading.Condition(_lock)
 
 
 def regions() -> list[Region]:
     """Every region of this process, oldest first."""
-    with _changed:
+    with _lock:
         return list(_regions)
 
 
 def after_fork_in_child() -> None:
     """The compiles that were under way are the parent's; what they were for stays on the pair here."""
-    global _changed
-    _changed = threading.Condition(threading.RLock())
+    global _lock, _changed
+    _lock = threading.RLock()
+    _changed = threading.Condition(_lock)
     for region in _regions:
         region.settle(State.FAILED, "the process was forked while this was compiling", unless=_NOT_PENDING)
         region.specialising = False
+        region.cancel = _nothing  # the job's locks may be held by threads that are not here
 
 
 if hasattr(os, "register_at_fork"):
@@ -259,7 +286,7 @@ if hasattr(os, "register_at_fork"):
 
 def wait_until_settled(timeout: float | None = None) -> bool:
     """Block until no compile is awaited; False when `timeout` seconds passed first."""
-    with _changed:
+    with _lock:
         return _changed.wait_for(lambda: not any(r.awaited for r in _regions), timeout)
 
 
@@ -289,7 +316,6 @@ class Trampoline:
         self._trying = threading.Lock()
         self._when = when
         self._attention = False
-        self._installing = threading.Lock()
         region._trampoline = weakref.ref(self)
         weakref.finalize(self, region.abandon).atexit = False
 
@@ -389,14 +415,17 @@ class Trampoline:
 
     def reject(self, reason: str) -> None:
         """Go back to the pair for good. Calls under way in compiled code may still be answered here."""
-        with self._installing:
-            if self._rejected:
-                return
-            self._rejected, self._ready, self._attention, self.specialiser = True, None, False, None
-            self._on_trial = None
-            if self.site is not None and self._served:
+        self._rejected, self._ready, self._attention, self.specialiser = True, None, False, None
+        self._on_trial = None
+        taken: list[bool] = []
+        try:
+            taken.extend(map(internals.compile_lock.acquire, (False,)))  # as in `install`
+            if taken[0] and self.site is not None and self._served:
                 with suppress(FrameGone, Indirect, UnknownLayout):  # nobody calls it, or nothing was rewritten
                     self.site.restore()
+        finally:
+            if taken and taken[0]:
+                internals.compile_lock.release()
         self._region.reject(reason)
 
     @property
@@ -415,38 +444,67 @@ class Trampoline:
         self._region.settle(State.READY, unless=_SETTLED)
         self._region.end_specialising()
 
-    def install(self) -> None:
-        """Install what was offered, if anything was. Where that fails, the pair stays."""
-        if not self._installing.acquire(blocking=False):
-            return  # another thread is at it
+    def install(self, wait: bool = False) -> None:
+        """Install what was offered, if anything was. Where that fails, the pair stays.
+
+        Args:
+            wait: until no other thread compiles or installs; else that leaves installing to a later call.
+        """
+        taken: list[bool] = []
         try:
-            offer, self._ready, self._attention = self._ready, None, False
-            if offer is not None and offer.trials:
-                fits = offer.condition and predicate(offer.condition)
-                self._on_trial = offer, _Served(offer.compiled, fits)
-                self._region.settle(State.TRIAL, unless=(State.INSTALLED,))
-            elif offer is not None:
+            self._attention = False
+            # C code calls it and keeps the answer: no signal can come in between.
+            taken.extend(map(internals.compile_lock.acquire, (wait,)))
+            if taken[0]:
+                self._install_to_the_end()
+        except FrameGone:
+            self._ready = None
+            self._region.abandon()
+        except Exception as error:
+            self._ready = None
+            self._region.fail(f"installing failed: {type(error).__name__}: {error}")
+        finally:
+            if taken and taken[0]:
+                internals.compile_lock.release()
+            # Set where it is offered, too: never lost.
+            if self._ready is not None and (self._when != "manual" or not (taken and taken[0])):
+                self._attention = True
+
+    def _install_to_the_end(self) -> None:
+        try:
+            self._install()
+        except Exception:
+            raise
+        except BaseException:  # an interrupt: the frame may be rewritten already, and then no call comes by again
+            self._install()
+            raise
+
+    def _install(self) -> None:
+        offer = self._ready
+        if offer is None or self._rejected:
+            return
+        if offer.trials:
+            self._on_trial = offer, _Served(offer.compiled, offer.condition and predicate(offer.condition))
+            self._region.settle(State.TRIAL, unless=(State.INSTALLED,))
+        else:
+            with forks.held_off():
                 with self._region.timed("install_s"):
                     remark = offer.install()
                 self._serve(offer.compiled, offer.condition)
                 self._region.installed_at = time.time()
-                self._region.artifacts += 1
-                self._region.settle(State.INSTALLED, remark)
-        except FrameGone:
-            self._region.abandon()
-        except Exception as error:
-            self._region.fail(f"installing failed: {type(error).__name__}: {error}")
-        finally:
-            self._installing.release()
+                self._region.artifacts = len(self._served)
+                self._region.settle(State.INSTALLED, remark, unless=(State.REJECTED,))
+        self._ready = None  # not before: what an interrupt cuts short is done again, to the same end
 
     def install_unless_manual(self) -> None:
         """What the next call would do."""
         if self._when != "manual":
-            self.install()
+            self.install(wait=True)
 
     def _serve(self, compiled: Compiled, condition: Condition | None) -> None:
         """Compiled code is in place; calls that still arrive here get to it in this way."""
-        self._served += (_Served(compiled, condition and predicate(condition)),)
+        if all(served.compiled is not compiled for served in self._served):
+            self._served += (_Served(compiled, condition and predicate(condition)),)
         if condition is None:
             self.specialiser = None
             if not any(served.compiled.repeatable for served in self._served):
@@ -487,17 +545,25 @@ class Specialiser:
 
     def ask(self, args: Sequence[Any]) -> None:
         """A call with the graph's inputs `args` was turned away."""
-        if not self._busy.acquire(blocking=False):
-            return
-        sizes = self._sizes(args)
-        if sizes in self._asked or not self._left:
-            self._busy.release()
-            return
-        self._asked.append(sizes)
-        self._left -= 1
-        self._region.begin_specialising()
-        self._compile(sizes)
+        taken: list[bool] = []
+        try:
+            taken.extend(map(self._busy.acquire, (False,)))  # as in `Trampoline.install`
+            if not taken[0]:
+                return
+            sizes = self._sizes(args)
+            if sizes in self._asked or not self._left:
+                return
+            self._asked.append(sizes)
+            self._left -= 1
+            self._region.begin_specialising()
+            self._compile(sizes)
+            taken.clear()  # given back by `resume`
+        finally:
+            if taken and taken[0]:
+                self._busy.release()
+                self._region.end_specialising()
 
     def resume(self) -> None:
         """The artifact that was asked for is in place, or will not come."""
-        self._busy.release()
+        if self._busy.locked():  # else an interrupt came between asking and noting it
+            self._busy.release()

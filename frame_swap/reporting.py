@@ -97,7 +97,7 @@ def report() -> Report:
 def swap() -> Report:
     """Install all compiled code that is ready, on the calling thread; returns the report. For when="manual"."""
     for trampoline in _offered():
-        trampoline.install()
+        trampoline.install(wait=True)
     return report()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import internals
+from .. import forks, internals
 from . import echo, folders, libraries
 from .direct import Compiled, Replacement
 from .process_state import ProcessState
@@ -27,8 +27,13 @@ def prepare() -> None:
     Under the compile lock, so that it begins when Dynamo is done with the frame: most of a second of imports
     in another thread would otherwise be paid by the first call.
     """
-    with internals.compile_lock:
-        importlib.import_module("torch._inductor.select_algorithm")
+    if _NEEDED in sys.modules:  # this thread imports it, if nobody else has: it is complete
+        return
+    with internals.compile_lock, forks.held_off():
+        importlib.import_module(_NEEDED)
+
+
+_NEEDED = "torch._inductor.select_algorithm"
 
 
 class Deferred:

@@ -13,8 +13,13 @@ Guarantees:
 - Processes talk to this one through inherited pipes and through files in a folder that is closed to other users.
 
 Assumed: one lock guards the lists of all pools. It is held while a process is started or ended, which takes
+<<<<<<< ours
 milliseconds, and across each fork: loky's own locks are free then, and no pipe of a process that is being started
 is copied. A daemonic process of multiprocessing cannot have any: its calls are `Lost`.
+=======
+milliseconds, and across each fork: loky's own locks are free then, and the child gets no copy of a pipe that tells
+of the end of a process. A daemonic process of multiprocessing can have none of these: its calls are `Lost`.
+>>>>>>> theirs
 
 The processes are loky's, and each has an executor of its own: one that dies takes all calls of its executor along.
 loky keeps both ends of its pipes open, so it waits for ever for the rest of a message whose sender has died. Hence
@@ -145,20 +150,15 @@ class Process:
         self._running = True
         try:
             Path(self.folder, worker.CALL).write_bytes(call)
-            future = self._executor.submit(worker.run)
-            # Not raised: the executor would hold a traceback that leads to this frame, and thereby to itself.
-            lost = future.exception(min(limit, threading.TIMEOUT_MAX))
+            failure = self._executor.submit(worker.run).result(min(limit, threading.TIMEOUT_MAX))
         except TimeoutError:
             self.expire()
             raise self._loss(limit) from None
-        except (process_executor.BrokenProcessPool, process_executor.ShutdownExecutorError):
+        except (process_executor.BrokenProcessPool, process_executor.ShutdownExecutorError) as error:
+            error.__traceback__ = None  # the executor holds the error; this would lead from there back to it
             raise self._loss(limit) from None
         except OSError as error:
             failure = first_line(error)
-        else:
-            if lost is not None:
-                raise self._loss(limit)
-            failure = future.result()
         self._running = False
         self._least = min(self._least, self._size())
         if failure:

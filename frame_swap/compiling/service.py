@@ -11,7 +11,9 @@ Guarantees:
 - Once an outcome is delivered, or its job cancelled, nothing here holds it: the artifact's bytes may go.
 - At exit nothing is waited for: workers are killed together with their compilers.
 - A forked child starts with no workers and no jobs of its parent's; it gets workers of its own when it needs
-  them. The parent's are not touched.
+  them. The parent's are not touched. A fork waits while another thread starts workers.
+- `Job.cancel` may be called anywhere, from a finalizer too: it takes no lock that the interrupted thread could hold
+  and not take again.
 
 Assumed: one lock guards the pool and the loader; neither is used while it is held, except to create them. What a
 user's executor guarantees is its own affair: nothing is tried again there.

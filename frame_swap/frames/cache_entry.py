@@ -7,6 +7,12 @@ entry itself says before anything is written.
 
 An entry belongs to Dynamo and goes when its guards do: it is looked up again each time, by its current code
 object, and never kept. Other threads that run the old code object keep it alive through their frames.
+
+Guarantees:
+- An entry runs the old code or the new, whatever interrupts this thread or runs in others: checking what is there
+  and writing is one step, and what comes before it may be done twice.
+
+Assumed: the caller holds Dynamo's compile lock, as `torch._dynamo.reset` does, which frees entries.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from types import CodeType
 from typing import Any
 
 from .. import internals
+from . import FrameGone
 
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
 
@@ -25,10 +32,11 @@ class UnknownLayout(Exception):
     """This torch or this Python lays cache entries out in a way that has not been checked."""
 
 
-def find(original: CodeType, generated: CodeType) -> Any | None:
-    """The entry of the user's code `original` whose generated code is `generated`; None if it is gone."""
+def find(original: CodeType, *generated: CodeType | None) -> Any | None:
+    """The entry of the user's code `original` whose code is one of `generated`; None if it is gone."""
+    wanted = [id(code) for code in generated if code is not None]
     for entry in internals.cache_entries(original):
-        if entry.code is generated:
+        if id(entry.code) in wanted:
             return entry
     return None
 
@@ -38,13 +46,35 @@ def replace_code(entry: Any, new: CodeType) -> None:
 
     Raises:
         UnknownLayout: and nothing was written.
+        FrameGone: another thread has just deleted what the entry's guards are about, and nothing was written.
     """
-    old = entry.code
-    field = _code_field(entry)
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(new))
-    field.value = id(new)
-    ctypes.pythonapi.Py_DecRef(ctypes.py_object(old))
+    field, old = _code_field(entry), entry.code
+    if old is None:
+        raise FrameGone
     internals.adopt_code(old, new)
+    expected, target, value = id(old), ctypes.byref(field), ctypes.py_object(new)
+    # Threads take turns, and signals are looked at, when a call has returned: not between these two lines.
+    if field.value == expected:
+        _set_object(target, _OWNED, value)
+    else:
+        raise FrameGone
+
+
+class _MemberDef(ctypes.Structure):
+    """How C extensions describe a field of a struct: `PyMemberDef`."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("type", ctypes.c_int),
+        ("offset", ctypes.c_ssize_t),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+_OWNED = ctypes.byref(_MemberDef(name=b"code", type=16))  # Py_T_OBJECT_EX: an owned reference
+
+_set_object = ctypes.pythonapi.PyMember_SetOne  # writes the pointer and counts both references
 
 
 def _code_field(entry: Any) -> ctypes.c_void_p:

@@ -7,6 +7,7 @@ Guarantees:
 - A site is bound at most once, under Dynamo's compile lock, before its code object first runs.
 - `redirect` and `bind` may run on different threads; a redirect of a site that is not bound, or whose code is
   gone, raises `FrameGone` and changes nothing.
+- A redirect that was interrupted may be done again with the same code object, and ends as if it had not been.
 - Frames already running the old code object finish in it.
 - `restore` leaves nothing behind that calls what `redirect` has put in place.
 """
@@ -94,16 +95,18 @@ class CallSite:
         return codegen.call_if(generated, condition, usual, callee, answer)
 
     def redirect(self, code: CodeType) -> None:
-        """Put `code`, from `rewritten`, in place of what is there.
+        """Put `code`, from `rewritten`, in place of what is there. The caller holds Dynamo's compile lock.
 
         Raises:
             FrameGone, UnknownLayout: nothing has changed.
         """
-        original, generated = self._codes()
-        entry = cache_entry.find(original, generated)
-        if entry is None:
+        original = self._original() if self._original is not None else None
+        generated = self._generated() if self._generated is not None else None
+        entry = cache_entry.find(original, generated, code) if original is not None else None
+        if original is None or entry is None:
             raise FrameGone
-        cache_entry.replace_code(entry, code)
+        if entry.code is not code:
+            cache_entry.replace_code(entry, code)
         if self._whole:
             dispatch.installed(original, entry, code)
         self._generated = weakref.ref(code)

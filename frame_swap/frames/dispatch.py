@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -47,6 +48,16 @@ class _Entry:
 
 
 _changing = threading.RLock()  # reentrant, since an entry may die at any allocation
+
+
+def _after_fork_in_child() -> None:
+    global _changing
+    _changing = threading.RLock()  # what it guards is changed in single steps; who held it is not here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
 
 _tables: weakref.WeakSet[_Table] = weakref.WeakSet()
 

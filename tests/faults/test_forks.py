@@ -1,0 +1,267 @@
+"""Forks at chosen moments: the child works, and the parent goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = """
+    import faulthandler, os, signal, sys, threading
+    faulthandler.dump_traceback_later(150, exit=True)  # a hang; does not work in a forked child, which has an alarm
+
+    import torch
+    torch.set_num_threads(1)  # OpenMP does not survive a fork
+    import frame_swap
+    from frame_swap import forks, internals, region
+    from frame_swap.compiling import artifact, ship
+    from frame_swap.compiling.service import Service, service
+    from frame_swap.frames import cache_entry
+
+    def f(x):
+        return (x.sin() @ x).relu()
+
+    def g(x):
+        return (x.cos() @ x).tanh()
+
+    x = torch.randn(8, 8)
+    compiled = torch.compile(f, backend="frame_swap")
+
+    def check(function=f, compiled=compiled):
+        torch.testing.assert_close(compiled(x), function(x))
+
+    def states():
+        return [str(r.state) for r in frame_swap.report().regions]
+
+    def child(function=g):
+        '''Goes on with what it has, and captures and compiles something new.'''
+        check()
+        new = torch.compile(function, backend="frame_swap")
+        check(function, new)
+        frame_swap.wait()
+        check(function, new)
+        check()
+        print("child", *states(), flush=True)
+
+    def fork():
+        if (pid := os.fork()) == 0:
+            signal.alarm(120)
+            try:
+                child()
+            finally:
+                service.stop()
+                sys.stdout.flush()
+                os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0, "the child failed"
+
+    def stopped(owner, name, after=False):
+        '''The next call of `owner.name` stops there; until it is released, or a fork waits.'''
+        inner, reached, released = getattr(owner, name), threading.Event(), threading.Event()
+        def stop(*args, **keywords):
+            result = inner(*args, **keywords) if after else None
+            if not reached.is_set():
+                reached.set()
+                released.wait()
+            return result if after else inner(*args, **keywords)
+        setattr(owner, name, stop)
+        forks._idle.wait_for = lambda *args: (released.set(), type(forks._idle).wait_for(forks._idle, *args))[1]
+        return reached, released
+
+    def in_background(call):
+        thread = threading.Thread(target=call)
+        thread.start()
+        return thread
+"""
+
+
+def run(run_program: Any, program: str) -> dict[str, list[str]]:
+    """The states that parent and children print, by who prints them."""
+    done = run_program(textwrap.dedent(PROGRAM) + textwrap.dedent(program))
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {who: states for who, *states in lines}
+
+
+def test_while_a_worker_compiles(run_program: Any) -> None:
+    states = run(
+        run_program,
+        """
+        frame_swap.configure(delay=600)
+        check()
+        frame_swap.configure(delay=0)
+        fork()
+        print("parent", *states(), flush=True)
+        os._exit(0)  # without the delay's end
+        """,
+    )
+    assert states == {"child": ["failed", "installed"], "parent": ["pending"]}
+
+
+MOMENTS = {
+    # The loader thread holds Dynamo's compile lock, and much of Inductor is patched.
+    "a load": ("artifact, 'load', after=True", "check()"),
+    "an import": ("artifact.importlib, 'import_module'", "check()"),
+    # Another thread's call has rewritten the entry, under Dynamo's compile lock.
+    "an install": (
+        "cache_entry, 'replace_code', after=True",
+        "check(); region.wait_until_settled(); in_background(check)",
+    ),
+    # Another thread starts the workers, with loky's locks.
+    "the start of workers": ("Service, '_own_pool', after=True", "in_background(service.start)"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_fork_waits_for(moment: str, run_program: Any) -> None:
+    where, begin = MOMENTS[moment]
+    states = run(
+        run_program,
+        f"""
+        reached, released = stopped({where})
+        {begin}
+        assert reached.wait(100)
+        fork()
+        check()
+        frame_swap.wait()
+        check()
+        print("parent", *states())
+        """,
+    )
+    assert states["child"][-1] == "installed"
+    assert set(states["parent"]) == {"installed"}
+
+
+LOCKS = {
+    "the service's": "service._lock",
+    "the regions'": "region._lock",
+    "the dispatchers'": "dispatch._changing",
+    "the pool's": "service._pool._shutdown_lock",
+    "a log handler's": "handler.lock",
+}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_that_another_thread_holds(lock: str, run_program: Any) -> None:
+    """For moments: a fork does not wait for these, and the child has its own."""
+    states = run(
+        run_program,
+        f"""
+        import logging
+        from frame_swap.frames import dispatch
+        handler = logging.StreamHandler()
+        logging.getLogger().addHandler(handler)
+        compiled = frame_swap.opt_in(f)
+        check(compiled=compiled)
+        frame_swap.wait()
+        held, release = threading.Event(), threading.Event()
+        def hold():
+            with {LOCKS[lock]}:
+                held.set()
+                release.wait()
+        in_background(hold)
+        held.wait()
+        def child():
+            logging.getLogger().warning("from the child")
+            compiled = frame_swap.opt_in(g)
+            check(g, compiled)
+            frame_swap.wait()
+            check(g, compiled)
+            print("child", *states(), flush=True)
+        fork()
+        release.set()
+        check(compiled=compiled)
+        print("parent", *states())
+        """,
+    )
+    assert states == {"child": ["installed"] * 2, "parent": ["installed"]}
+
+
+def test_a_child_that_runs_to_its_end(run_program: Any) -> None:
+    """Through Python's and loky's exit hooks, with workers of its parent's and a compile of its own pending."""
+    states = run(
+        run_program,
+        """
+        check()
+        hold = threading.Event()
+        def hold_pool():
+            with service._pool._shutdown_lock:
+                hold.set()
+                threading.Event().wait(5)
+        thread = in_background(hold_pool)
+        hold.wait()
+        if (pid := os.fork()) == 0:
+            frame_swap.configure(delay=600)
+            check(g, torch.compile(g, backend="frame_swap"))
+            print("child", *states(), flush=True)
+            sys.exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        frame_swap.wait()
+        check()
+        print("parent", *states())
+        """,
+    )
+    assert states == {"child": ["failed", "pending"], "parent": ["installed"]}
+
+
+SCRIPT = """
+    {program}
+
+    def run_child():
+        child()
+        sys.stdout.flush()
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+        def __getitem__(self, at):
+            torch.testing.assert_close(compiled(x), f(x))
+            return x + at
+
+    if __name__ == "__main__":
+        frame_swap.configure(delay={delay})
+        check()
+        {body}
+        check()
+        print("parent", *states(), flush=True)
+        os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method: str, tmp_path: Path) -> None:
+    body = f"""
+        import multiprocessing
+        process = multiprocessing.get_context({method!r}).Process(target=run_child)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    """
+    states = run_script(tmp_path, body)
+    assert states["child"][-1] == "installed"
+    assert states["parent"] == ["pending"]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader(method: str, tmp_path: Path) -> None:
+    body = f"""
+        loader = torch.utils.data.DataLoader(Data(), 2, num_workers=2, multiprocessing_context={method!r})
+        total = sum(batch.sum() for batch in loader)
+        torch.testing.assert_close(total, 8 * x.sum() + 28 * x.numel())
+    """
+    assert run_script(tmp_path, body) == {"parent": ["pending"]}
+
+
+def run_script(folder: Path, body: str) -> dict[str, list[str]]:
+    """A program in a file, which processes that are spawned import."""
+    script = folder / "train.py"
+    program = textwrap.dedent(PROGRAM).replace("x = torch.randn(8, 8)", "x = torch.ones(8, 8) / 8")
+    parts = textwrap.dedent(SCRIPT).partition("{program}")
+    rest = parts[2].replace("{delay}", "600").replace("    {body}", textwrap.indent(textwrap.dedent(body), "    "))
+    script.write_text(program + rest)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {who: states for who, *states in lines}
