@@ -13,13 +13,8 @@ Guarantees:
 - Processes talk to this one through inherited pipes and through files in a folder that is closed to other users.
 
 Assumed: one lock guards the lists of all pools. It is held while a process is started or ended, which takes
-<<<<<<< ours
-milliseconds, and across each fork: loky's own locks are free then, and no pipe of a process that is being started
-is copied. A daemonic process of multiprocessing cannot have any: its calls are `Lost`.
-=======
 milliseconds, and across each fork: loky's own locks are free then, and the child gets no copy of a pipe that tells
 of the end of a process. A daemonic process of multiprocessing can have none of these: its calls are `Lost`.
->>>>>>> theirs
 
 The processes are loky's, and each has an executor of its own: one that dies takes all calls of its executor along.
 loky keeps both ends of its pipes open, so it waits for ever for the rest of a message whose sender has died. Hence
