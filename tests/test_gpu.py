@@ -76,13 +76,13 @@ def test_the_first_compiled_call_tunes_no_kernels(monkeypatch: pytest.MonkeyPatc
     assert tuned  # stock does it in the first call: it can be seen
     tuned.clear()
     torch._dynamo.reset()
-    compiled = torch.compile(function, backend="frame_swap")
-    with torch._inductor.utils.fresh_cache():
-        compiled(x)
-        frame_swap.wait()
-        torch.testing.assert_close(compiled(x), function(x))
-    (region,) = frame_swap.report().regions
-    assert (region.state, region.pair_calls) == (State.INSTALLED, 1)
+    for f in (function, lambda x: function(x.cos())):  # before anything was loaded here, and after
+        compiled = torch.compile(f, backend="frame_swap")
+        with torch._inductor.utils.fresh_cache():
+            compiled(x)
+            frame_swap.wait()
+            torch.testing.assert_close(compiled(x), f(x))
+    assert [(r.state, r.pair_calls) for r in frame_swap.report().regions] == [(State.INSTALLED, 1)] * 2
     assert not tuned
 
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import frame_swap
 from frame_swap import Region, State, internals, region
 from frame_swap.compiling import operators, ship, triton_kernels
+from frame_swap.compiling.process_state import ProcessState
 
 SHIPPED: list[Make] = []
 
@@ -475,6 +476,16 @@ torch.testing.assert_close(x.grad, x.detach().cos() * 3)
 (region,) = frame_swap.report().regions
 assert (region.state, region.pair_calls) == ("installed", 0), region.reason
 """
+
+
+def test_a_worker_tunes_kernels_unless_told_not_to() -> None:
+    def tunes() -> bool:
+        return ProcessState.capture({"cuda"}).configs["inductor"]["triton.autotune_at_compile_time"]
+
+    assert tunes()
+    with internals.inductor_config.patch({"triton.autotune_at_compile_time": False}):  # as by the user
+        assert not tunes()
+    assert tunes()  # back at its default, it still counts as changed
 
 
 def test_operators_of_main(run_program: Any) -> None:

@@ -56,10 +56,11 @@ class ProcessState:
         """The state of the calling thread; `devices` are the types of device whose autocast matters."""
         configs = internals.changed_configs()
         configs["inductor"].pop("compile_threads", None)  # how many compilers run at a time is the worker's matter
-        if "cuda" in devices:
+        if "cuda" in devices and configs["inductor"].get(tune := "triton.autotune_at_compile_time") is None:
             # Otherwise the first compiled call would time each kernel's variants: 980 ms for BERT-base on an H200,
-            # against 44 ms for a first call of kernels that the worker has tuned.
-            configs["inductor"].setdefault("triton.autotune_at_compile_time", True)
+            # against 44 ms for a first call of kernels that the worker has tuned. None is the default, and also
+            # among the changes once this was patched, as it is for each load.
+            configs["inductor"][tune] = True
         return cls(
             grad=torch.is_grad_enabled(),
             inference=torch.is_inference_mode_enabled(),
