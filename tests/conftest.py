@@ -46,6 +46,13 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def unpadded() -> Iterator[None]:
+    """Inductor pads no matmul, as on a GPU it does where it finds that faster; its output has other strides then."""
+    with torch._inductor.config.patch(shape_padding=False):
+        yield
+
+
+@pytest.fixture
 def device() -> str:
     """Where models run in tests that do not care."""
     return DEVICE

@@ -10,6 +10,8 @@ import torch
 from helpers import Subject, Wrap, through_swap
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("unpadded")
+
 DEEP = {"rtol": 1e-4, "atol": 1e-5}
 """Rounding adds up over layers, and sums over a batch come in another order."""
 

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 import frame_swap
 
+pytestmark = pytest.mark.usefixtures("unpadded")
+
 BFLOAT16 = {"rtol": 2e-2, "atol": 2e-2}
 """bfloat16 keeps 8 bits; Inductor leaves out the roundings between the operations that it fuses."""
 
@@ -41,10 +43,7 @@ def case(make: Make) -> Make:
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
-def test_equals_eager(make: Make, device: str, request: pytest.FixtureRequest) -> None:
-    if make is autocast_inside and device == "cuda":
-        reason = "Inductor pads a bfloat16 matmul there, and asks of its output's strides only their order"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_equals_eager(make: Make, device: str) -> None:
     through_swap(make, device=device)
 
 
