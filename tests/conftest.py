@@ -47,7 +47,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def unpadded() -> Iterator[None]:
-    """Inductor pads no matmul, as on a GPU it does where it finds that faster; its output has other strides then."""
+    """Inductor pads no matmul, as it does on a GPU where that is faster: its output has other strides then."""
     with torch._inductor.config.patch(shape_padding=False):
         yield
 
