@@ -7,7 +7,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from . import settings
+from . import internals, settings
 from .backend import frame_swap_backend
 from .frames import dispatch
 
@@ -87,8 +87,12 @@ def opt_in(
         module = target if isinstance(target, torch.nn.Module) else None
         if module is not None or (isinstance(target, type) and issubclass(target, torch.nn.Module)):
             # `Module.__call__` prefers `_compiled_call_impl`; on the class it becomes a method of all instances.
+            plain = target._call_impl
+            call = internals.traceable(plain, target.forward)
+            # Where Dynamo has to be led into the call, it does not guard on there being no hooks.
+            hooked = torch.nn.Module._call_impl if call is not plain else None
             target._compiled_call_impl = dispatch.module_dispatcher(
-                compiled(target._call_impl), module, static_module=static_module
+                compiled(call), module, static_module=static_module, hooked=hooked
             )
             return target
         if not callable(target) or isinstance(target, type):

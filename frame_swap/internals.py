@@ -49,7 +49,7 @@ try:
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
     from torch._C._dynamo.eval_frame import set_code_exec_strategy
     from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level, peek_interpreter_stack
-    from torch._dynamo import eval_frame
+    from torch._dynamo import eval_frame, external_utils, trace_rules
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
     from torch._dynamo.convert_frame import compile_lock, output_codes, register_bytecode_hook
@@ -222,6 +222,7 @@ __all__ = [
     "thread_local",
     "torch_logging",
     "trace_log",
+    "traceable",
     "tracing",
     "triton_kernel_wrapper_mutation",
     "undisturbed",
@@ -329,6 +330,12 @@ def stand_in(function: Callable[..., Any], compiled: Callable[..., Any]) -> None
     attributes.__wrapped__ = cast("Any", compiled).__wrapped__
     attributes._torchdynamo_wrapper_id = id(function)
     skip_frames(attributes.__code__)
+
+
+def traceable(call: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, which does no more than call `forward`, as Dynamo captures it: frames of torch.nn's own modules it
+    passes over, unless another frame inlines them."""
+    return external_utils.wrap_inline(call) if trace_rules.check(forward) else call
 
 
 def undisturbed() -> bool:

@@ -464,6 +464,21 @@ def test_a_module_goes_directly_until_it_has_hooks(static: bool) -> None:
 
 
 @ways
+def test_torch_s_own_modules_are_compiled_too(static: bool) -> None:
+    """Dynamo passes over their frames, unless it is led into them."""
+    x = torch.rand(2, 4)
+    model = swapped(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), x, static_module=static)
+    torch.testing.assert_close(model(x), model.forward(x))
+    seen = []
+    handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(model(x), model.forward(x))
+    assert len(seen) == 1
+    handle.remove()
+    model(x)
+    assert [region.state for region in frame_swap.report().regions] == [frame_swap.State.INSTALLED]
+
+
+@ways
 def test_training_and_evaluation_are_told_apart(static: bool) -> None:
     x = torch.rand(64, 4)
     model = swapped(Block(), x, static_module=static)

@@ -165,7 +165,11 @@ def dispatcher(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def module_dispatcher(
-    compiled: Callable[..., Any], module: torch.nn.Module | None = None, *, static_module: bool = False
+    compiled: Callable[..., Any],
+    module: torch.nn.Module | None = None,
+    *,
+    static_module: bool = False,
+    hooked: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """What to call in place of `compiled`, which `torch.compile` made of `nn.Module._call_impl`.
 
@@ -173,6 +177,7 @@ def module_dispatcher(
 
     Args:
         compiled: made of the function, or of `module`'s bound method.
+        hooked: what to call with a module that has hooks, if not `compiled`.
     """
     backend = internals.backend_of(compiled)
     if backend is None:
@@ -182,7 +187,7 @@ def module_dispatcher(
 
     def call(self: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if not internals.only_calls_forward(self):
-            return ordinary(self, *args, **kwargs)
+            return (hooked or ordinary)(self, *args, **kwargs)
         forward = type(self).forward
         dispatch = forwards.get(forward)
         if dispatch is None:
