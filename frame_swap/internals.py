@@ -210,6 +210,7 @@ __all__ = [
     "register_effect",
     "registered_at",
     "registrations",
+    "runs_hooks",
     "same",
     "saving_is_traced",
     "set_grad_enabled",
@@ -461,6 +462,11 @@ class FrameShapes:
 def saving_is_traced() -> bool:
     """Whether hooks on saved tensors are set that become a part of the graphs traced meanwhile."""
     return bool(saved_tensors_hooks_are_inlineable(top_saved_tensors_hooks()))
+
+
+def runs_hooks() -> bool:
+    """Whether this thread's calls of graphs run code of hooks on saved tensors, or of a dispatch mode."""
+    return bool(top_saved_tensors_hooks()) or watched_by_mode()
 
 
 def has_external_objects() -> bool:

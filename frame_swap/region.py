@@ -7,7 +7,8 @@ Guarantees:
 - A call whose compiled code raises is answered by the pair, whichever way compiled code was called, unless it has
   changed something by then. Then the frame is the pair's for good, with one warning; calls that were under way in
   compiled code on other threads end there, or are answered too. Where the pair raises as well, its error is the
-  caller's, and nothing else happens. What is no `Exception`, and `torch.OutOfMemoryError`, passes as it is.
+  caller's, and nothing else happens. What is no `Exception`, `torch.OutOfMemoryError`, and what comes up while a
+  dispatch mode or hooks on saved tensors are active, passes as it is.
 - Compiled code on trial serves, if at all, one call at a time; other calls are the pair's meanwhile. A trial ends
   with the call that decides it, on that call's thread: with compiled code installed, the next trial, or REJECTED.
 - A region is settled once: its state changes away from PENDING once, and from READY to TRIAL or a settled one,
@@ -343,28 +344,36 @@ class Trampoline:
         Raises:
             error: where the pair is not to be asked.
         """
-        served = self._served_for(args)
-        if served is None:
-            raise error
-        return self._answer(served, error, args)
+        try:
+            return self._answer(self._served_for(args), error, args)
+        finally:
+            del error  # whose traceback leads to this frame, and to those that wait for it
 
     def _call_answered(self, served: Compiled, args: Sequence[Any]) -> Any:
         try:
             return served.call(*args)
         except Exception as error:
             failure = error
-        return self._answer(served, failure, args)
+        try:
+            return self._answer(served, failure, args)
+        finally:
+            del failure  # as in `answer`
 
-    def _answer(self, served: Compiled, error: Exception, args: Sequence[Any]) -> Any:
-        if (
-            not served.repeatable
-            or had_effects(error)
-            or isinstance(error, torch.OutOfMemoryError)  # the pair needs more, and who catches it tries with less
-        ):
-            raise error
-        log.info("frame-swap: compiled code of %s raised", self._region, exc_info=error)
-        reason = f"its compiled code raised {first_line(error)}"
-        error.__traceback__ = None  # it holds what the call had in memory
+    def _answer(self, served: Compiled | None, error: Exception, args: Sequence[Any]) -> Any:
+        try:
+            if (
+                served is None
+                or not served.repeatable
+                or had_effects(error)
+                or isinstance(error, torch.OutOfMemoryError)  # the pair needs more; who catches it tries with less
+                or internals.runs_hooks()  # theirs, perhaps: activation checkpointing ends a recomputation so
+            ):
+                raise error
+            log.info("frame-swap: compiled code of %s raised", self._region, exc_info=error)
+            reason = f"its compiled code raised {first_line(error)}"
+            error.__traceback__ = None  # it holds what the call had in memory
+        finally:
+            del error  # as in `answer`
         outputs = self._call_pair(args)
         self.reject(reason)
         return outputs

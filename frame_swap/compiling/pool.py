@@ -34,7 +34,7 @@ import signal
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +44,7 @@ import loky
 import psutil
 from loky import process_executor
 
+from .. import forks
 from . import worker
 from .refusal import first_line
 
@@ -175,7 +176,7 @@ class Process:
 
     def end(self) -> None:
         """End it now, with its compilers, and remove its folder."""
-        with _changing:
+        with _change():
             if self.ended:
                 return
             self.ended = True
@@ -264,7 +265,7 @@ class Pool:
     def retire(self) -> None:
         """End when all that was submitted has ended."""
         self._threads.shutdown(wait=False)
-        with _changing:
+        with _change():
             self.terms = self.terms._replace(idle_timeout=min(self.terms.idle_timeout, 1))
             for process in list(self._free):
                 self._end(process)
@@ -272,7 +273,7 @@ class Pool:
     def kill(self) -> None:
         """End all processes now."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        with _changing:
+        with _change():
             self._killed = True
             for process in list(self._processes):
                 self._end(process)
@@ -299,13 +300,13 @@ class Pool:
             self._give_back(process)
 
     def _start_one(self) -> None:
-        with _changing:
+        with _change():
             if len(self._processes) < self.terms.size:
                 with contextlib.suppress(Exception):  # the first call will say so
                     self._give_back(self._take_fresh())
 
     def _take(self) -> Process:
-        with _changing:
+        with _change():
             while self._free:
                 process, alarm = self._free.popitem()
                 alarm.cancel()
@@ -322,7 +323,7 @@ class Pool:
         return process
 
     def _give_back(self, process: Process) -> None:
-        with _changing:
+        with _change():
             if process.ended or self._killed:
                 return self._end(process)
             idle = min(self.terms.idle_timeout, threading.TIMEOUT_MAX)
@@ -332,7 +333,7 @@ class Pool:
                 alarm.start()
 
     def _end_free(self, process: Process) -> None:
-        with _changing:
+        with _change():
             if process in self._free:
                 self._end(process)
 
@@ -344,6 +345,15 @@ class Pool:
 
 
 _changing = threading.RLock()
+
+
+@contextlib.contextmanager
+def _change() -> Iterator[None]:
+    """One thread at a time is within the block, and no fork meanwhile."""
+    with forks.held_off(), _changing:
+        yield
+
+
 _all: weakref.WeakSet[Pool] = weakref.WeakSet()
 _parents: list[Pool] = []
 """In a forked child: not freed, since an executor that is wakes its thread, which here is the parent's."""
@@ -356,11 +366,12 @@ def kill_all() -> None:
 
 
 def _forget() -> None:
+    global _changing
+    _changing = threading.RLock()
     _parents.extend(_all)
     _all.clear()
     process_executor._threads_wakeups.clear()
-    _changing.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_forget)
+    os.register_at_fork(after_in_child=_forget)

@@ -161,7 +161,10 @@ def _is_method(constant: object, method: Callable[..., Any]) -> bool:
 
 def _raise(error: Exception, /, *args: Any) -> Any:
     """In place of an answer, where what answered is what raises."""
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # whose traceback leads to this frame
 
 
 # Sites whose code Dynamo is still generating, by the name that it will call.

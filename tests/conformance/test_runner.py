@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,9 @@ def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ]
     command += ["--results", str(tree), "--cache", str(tree / "kernels"), *arguments]
     root = Path(__file__).resolve().parents[2]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+    # The runner's own pytest is none of the workers of the one that runs this.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240, env=environment)
 
 
 def test_a_run_names_what_is_lost_and_survives_it(tree: Path) -> None:

@@ -76,13 +76,13 @@ class InBackground:
     def __init__(self, call: Callable[[], T]) -> None:
         self._future: Future[T] = Future()
 
-        def run() -> None:
+        def run(call: Callable[[], T]) -> None:
             try:
                 self._future.set_result(call())
             except BaseException as error:
                 self._future.set_exception(error)
 
-        threading.Thread(target=run, daemon=True).start()
+        threading.Thread(target=run, args=(call,), daemon=True).start()
 
     def result(self) -> Any:
         return self._future.result(HANG)

@@ -18,7 +18,7 @@ PROGRAM = """
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     import frame_swap
     from frame_swap import forks, internals, region
-    from frame_swap.compiling import artifact, ship
+    from frame_swap.compiling import artifact, pool, ship
     from frame_swap.compiling.service import Service, service
     from frame_swap.frames import cache_entry
 
@@ -58,12 +58,16 @@ PROGRAM = """
                 os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0, "the child failed"
 
+    def executor():
+        '''loky's, of a worker.'''
+        return next(iter(service._pool._processes))._executor
+
     def stopped(owner, name, after=False):
-        '''The next call of `owner.name` stops there; until it is released, or a fork waits.'''
+        '''Another thread's next call of `owner.name` stops there; until it is released, or a fork waits.'''
         inner, reached, released = getattr(owner, name), threading.Event(), threading.Event()
         def stop(*args, **keywords):
             result = inner(*args, **keywords) if after else None
-            if not reached.is_set():
+            if not reached.is_set() and threading.current_thread() is not threading.main_thread():
                 reached.set()
                 released.wait()
             return result if after else inner(*args, **keywords)
@@ -109,8 +113,8 @@ MOMENTS = {
         "cache_entry, 'replace_code', after=True",
         "check(); region.wait_until_settled(); in_background(check)",
     ),
-    # Another thread starts the workers, with loky's locks.
-    "the start of workers": ("Service, '_own_pool', after=True", "in_background(service.start)"),
+    # Another thread has started a worker, and has not put it on its pool's list yet.
+    "the start of workers": ("pool.Process, '__init__', after=True", "in_background(service.start)"),
 }
 
 
@@ -134,21 +138,11 @@ def test_a_fork_waits_for(moment: str, run_program: Any) -> None:
     assert set(states["parent"]) == {"installed"}
 
 
-LOCKS = {
-    "the service's": "service._lock",
-    "the regions'": "region._lock",
-    "the dispatchers'": "dispatch._changing",
-    "the pool's": "service._pool._shutdown_lock",
-    "a log handler's": "handler.lock",
-}
-
-
-@pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_that_another_thread_holds(lock: str, run_program: Any) -> None:
+def test_locks_that_other_threads_hold(run_program: Any) -> None:
     """For moments: a fork does not wait for these, and the child has its own."""
     states = run(
         run_program,
-        f"""
+        """
         import logging
         from frame_swap.frames import dispatch
         handler = logging.StreamHandler()
@@ -156,19 +150,23 @@ def test_a_lock_that_another_thread_holds(lock: str, run_program: Any) -> None:
         compiled = frame_swap.opt_in(f)
         check(compiled=compiled)
         frame_swap.wait()
-        held, release = threading.Event(), threading.Event()
-        def hold():
-            with {LOCKS[lock]}:
-                held.set()
+        check(compiled=compiled)
+        begin, release = threading.Barrier(6), threading.Event()
+        def hold(lock):
+            with lock:
+                begin.wait()
                 release.wait()
-        in_background(hold)
-        held.wait()
+        locks = service._lock, region._lock, dispatch._changing, executor()._shutdown_lock, handler.lock
+        for lock in locks:
+            in_background(lambda lock=lock: hold(lock))
+        begin.wait()
         def child():
             logging.getLogger().warning("from the child")
-            compiled = frame_swap.opt_in(g)
-            check(g, compiled)
+            check(compiled=compiled)
+            new = frame_swap.opt_in(g)
+            check(g, new)
             frame_swap.wait()
-            check(g, compiled)
+            check(g, new)
             print("child", *states(), flush=True)
         fork()
         release.set()
@@ -187,7 +185,7 @@ def test_a_child_that_runs_to_its_end(run_program: Any) -> None:
         check()
         hold = threading.Event()
         def hold_pool():
-            with service._pool._shutdown_lock:
+            with executor()._shutdown_lock:
                 hold.set()
                 threading.Event().wait(5)
         thread = in_background(hold_pool)
@@ -230,7 +228,10 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+long = pytest.mark.long
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=long)])
 def test_multiprocessing(method: str, tmp_path: Path) -> None:
     body = f"""
         import multiprocessing
@@ -244,7 +245,7 @@ def test_multiprocessing(method: str, tmp_path: Path) -> None:
     assert states["parent"] == ["pending"]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=long)])
 def test_workers_of_a_data_loader(method: str, tmp_path: Path) -> None:
     body = f"""
         loader = torch.utils.data.DataLoader(Data(), 2, num_workers=2, multiprocessing_context={method!r})

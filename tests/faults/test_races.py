@@ -6,6 +6,7 @@ Each combination of a moment and an event is one case. A moment is held by stopp
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import threading
@@ -129,7 +130,7 @@ def _installing(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: b
     call, x = program.compiled, program.x
     expected = program.function(x)
     with Moment(monkeypatch, owner, name, after=after) as moment:
-        caller = InBackground(lambda: call(x))
+        caller = InBackground(functools.partial(call, x))
         moment.wait()
         del call
         yield program
