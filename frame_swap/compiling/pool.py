@@ -129,9 +129,14 @@ class Process:
         self.pid: int = self._process.pid
 
     @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return bool(self._process.is_alive())
+
+    @property
     def usable(self) -> bool:
         """Whether it may be given another call."""
-        return self._process.is_alive() and self._size() - self._least < GROWTH
+        return self.alive and self._size() - self._least < GROWTH
 
     def run(self, call: bytes, limit: float) -> Any:
         """Have it run a pickled call; returns what that returns.
@@ -260,7 +265,7 @@ class Pool:
     def pids(self) -> list[int]:
         """Of the processes that there are, and of those that `start` has yet to start."""
         futures.wait(self._starts)
-        return [process.pid for process in list(self._processes)]
+        return [process.pid for process in list(self._processes) if process.alive]
 
     def retire(self) -> None:
         """End when all that was submitted has ended."""

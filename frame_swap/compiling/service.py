@@ -104,7 +104,9 @@ class Service:
         """Start the workers, so that they import torch while the program goes on. Returns at once."""
         needed = settings.current().executor is None and not settings.disabled()
         # Not in a child that multiprocessing made: a DataLoader's worker imports the user's module, and no more.
-        if needed and multiprocessing.parent_process() is None:
+        # While it does, where it was spawned, it must not start processes.
+        importing = getattr(multiprocessing.current_process(), "_inheriting", False)
+        if needed and multiprocessing.parent_process() is None and not importing:
             with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
                 self._own_pool().start()
 

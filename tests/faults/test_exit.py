@@ -86,7 +86,8 @@ def test_an_end_in_the_middle_of_a_compile(
     output, errors = program.communicate("\n", timeout=HANG)
     record_property("seconds to the end", time.time() - float(output))
     assert program.returncode == status
-    assert "leaked" not in errors
+    if status >= 0:  # else nobody frees loky's semaphores but its tracker, which says so
+        assert "leaked" not in errors
     ended = time.monotonic()
     _, alive = psutil.wait_procs(processes, timeout=5.0)
     record_property("seconds to the last worker's end", time.monotonic() - ended)
@@ -110,6 +111,8 @@ def test_the_end_with_another_pool_than_the_first(another: str, run_program: Any
     frame_swap.configure(delay=600)
     compiled = torch.compile(lambda x: (x.tan() @ x).relu(), backend="frame_swap")
     compiled(torch.randn(32, 32))
-    os.kill(service.worker_pids()[0], 19)  # SIGSTOP: the compile takes for ever
+    while not (workers := service.worker_pids()):
+        pass
+    os.kill(workers[0], 19)  # SIGSTOP: the compile takes for ever
     """
     )

@@ -39,6 +39,7 @@ PROGRAM = """
 
     def child(function=g):
         '''Goes on with what it has, and captures and compiles something new.'''
+        frame_swap.configure(delay=0)
         check()
         new = torch.compile(function, backend="frame_swap")
         check(function, new)
@@ -114,7 +115,10 @@ MOMENTS = {
         "check(); region.wait_until_settled(); in_background(check)",
     ),
     # Another thread has started a worker, and has not put it on its pool's list yet.
-    "the start of workers": ("pool.Process, '__init__', after=True", "in_background(service.start)"),
+    "the start of workers": (
+        "pool.Process, '__init__', after=True",
+        "frame_swap.configure(workers=2); in_background(service.start)",
+    ),
 }
 
 
@@ -190,7 +194,9 @@ def test_a_child_that_runs_to_its_end(run_program: Any) -> None:
                 threading.Event().wait(5)
         thread = in_background(hold_pool)
         hold.wait()
+        faulthandler.cancel_dump_traceback_later()  # Python hangs at the end of a child that has inherited it
         if (pid := os.fork()) == 0:
+            signal.alarm(120)
             frame_swap.configure(delay=600)
             check(g, torch.compile(g, backend="frame_swap"))
             print("child", *states(), flush=True)
