@@ -249,10 +249,11 @@ def test_what_a_compile_raises_is_the_reason(
 @pytest.mark.usefixtures("empty_cache")
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "no-such-compiler" if variable == "CXX" else "")
-    if variable == "CXX":  # which Inductor reads when it is imported; the program's settings are the worker's
-        monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    fresh_workers()
-    survives(lambda x: x.sin() + 10, "install a C++ compiler (g++ or clang), or name one in the variable CXX")
+    # Inductor reads CXX when it is imported, and the program's settings are the worker's.
+    settings = {"cpp.cxx": (None, "no-such-compiler")} if variable == "CXX" else {}
+    with torch._inductor.config.patch(settings):
+        fresh_workers()
+        survives(lambda x: x.sin() + 10, "install a C++ compiler (g++ or clang), or name one in the variable CXX")
 
 
 FREE_SPACE = ("No space left on device", "free some space, or set TORCHINDUCTOR_CACHE_DIR")
