@@ -8,6 +8,7 @@ compiled for AVX2.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ import torch
 import torch._inductor.config
 
 _FILES = "FRAME_SWAP_CALLGRIND_FILES"
+_CAPABILITIES = "FRAME_SWAP_CALLGRIND_CAPABILITIES"
 
 
 def unavailable() -> str:
@@ -48,7 +50,7 @@ def run_counting(module: str, arguments: Sequence[str]) -> str:
         callgrind = ("valgrind", "--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no")
         done = subprocess.run(
             [*callgrind, f"--callgrind-out-file={files}/out", sys.executable, "-m", module, *arguments],
-            env={**os.environ, _FILES: files},
+            env={**os.environ, _FILES: files, _CAPABILITIES: json.dumps(dict(torch.cpu.get_capabilities()))},
             capture_output=True,
             text=True,
         )
@@ -63,6 +65,9 @@ def prepare() -> None:
     if platform.machine() == "x86_64":
         torch._inductor.config.cpp.march = "x86-64-v3"
         torch._inductor.config.cpp.simdlen = 256
+    # Artifacts are refused where instructions are missing that the workers have, which run outside of Valgrind.
+    capabilities = json.loads(os.environ[_CAPABILITIES])
+    torch.cpu.get_capabilities = lambda: capabilities
 
 
 def begin() -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -83,6 +83,10 @@ class InBackground:
                 self._future.set_exception(error)
 
         threading.Thread(target=run, args=(call,), daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, after at most so long."""
+        return not wait([self._future], seconds).not_done
 
     def result(self) -> Any:
         return self._future.result(HANG)
