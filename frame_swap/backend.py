@@ -25,7 +25,7 @@ import torch
 
 import guards
 
-from . import forks, internals, settings
+from . import internals, settings
 from .checking import repro
 from .checking.comparison import copy_of_graph
 from .checking.profit import Measurement
@@ -163,7 +163,7 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
 
     # 6. Load
     offer: Offer | None = None
-    with internals.compile_lock, forks.held_off():  # Dynamo is done with the frame then: it calls the trampoline
+    with internals.compile_lock:  # Dynamo is done with the frame then: it calls the trampoline
         trampoline = region.trampoline
         if trampoline is None:
             region.abandon()

@@ -2,65 +2,60 @@
 
 A forked child has the memory of its parent as it was at that moment and only the thread that forked. What another
 thread had half done stays so: locks held, modules half imported, functions patched. Most of it a child can throw
-away; what it cannot is done within `held_off`.
+away; what it cannot is done while Dynamo's compile lock or one made by `lock` is held.
 
 Guarantees:
-- While a thread is within `held_off`, a fork by another thread waits for it, at most `PATIENCE` seconds.
-- A thread that forks does not wait for itself, and `held_off` waits for nothing but a fork in progress.
-- An interrupt (`KeyboardInterrupt`) leaves no fork waiting for a block that has ended.
+- A fork takes all these locks and gives them back, in the parent and in the child: nobody else is within one of
+  them when a child begins. It waits at most `PATIENCE` seconds for each.
+- A thread that forks does not wait for itself. An interrupt (`KeyboardInterrupt`) leaves no lock taken.
+- Where patience ran out, the child has a lock of its own in the place of one made by `lock`. Dynamo's stays as it
+  is: the thread that holds it captures a graph, and what it has half done is Dynamo's, as without frame-swap.
 
-Assumed: whoever enters `held_off` holds already what it will wait for within, Dynamo's compile lock above all.
-Where that cannot be so (an import's lock may be held by who forks), patience ends the deadlock.
+Assumed: whoever takes several of these locks takes Dynamo's first, and waits for nothing within that the thread
+which forks may hold. Where that cannot be so (the lock of an import), patience ends the deadlock.
 """
 
 from __future__ import annotations
 
-import contextlib
+import operator
 import os
 import threading
-from collections.abc import Iterator
+from typing import Any
+
+from . import internals
 
 PATIENCE = 10.0
 """Loading takes a tenth of this. A fork that has waited for so long goes ahead."""
 
-_within: dict[object, int] = {}  # one item for each block under way: the thread that is in it
-_lock = threading.RLock()  # taken itself, not through the condition, which an interrupt can leave locked
-_idle = threading.Condition(_lock)
+_locks: list[Any] = [internals.compile_lock]  # reentrant
+_own = threading.local()  # `taken`: for each of `_locks`, whether this thread's fork has got it
 
 
-@contextlib.contextmanager
-def held_off() -> Iterator[None]:
-    """What is done within the block, a forked child finds done or not begun."""
-    block = object()
-    try:
-        with _lock:
-            _within[block] = threading.get_ident()
-        yield
-    finally:
-        with _lock:
-            _within.pop(block, None)
-            _idle.notify_all()
-
-
-def _only_own() -> bool:
-    return set(_within.values()) <= {threading.get_ident()}
+def lock() -> Any:
+    """A new lock; what is done while it is held, a forked child finds done or not begun."""
+    new = threading.RLock()
+    _locks.append(new)
+    return new
 
 
 def _before() -> None:
-    _lock.acquire()
-    _idle.wait_for(_only_own, PATIENCE)
+    taken: list[bool] = []
+    _own.taken = taken
+    # C code calls `acquire` and keeps the answer: no interrupt can come in between.
+    taken.extend(map(operator.methodcaller("acquire", timeout=PATIENCE), _locks))
 
 
 def _after_in_parent() -> None:
-    _lock.release()
+    for lock, taken in zip(_locks, _own.taken, strict=False):  # an interrupt has spared the rest
+        if taken:
+            lock.release()
 
 
 def _after_in_child() -> None:
-    global _lock, _idle
-    _lock = threading.RLock()
-    _idle = threading.Condition(_lock)
-    for block in [block for block, thread in _within.items() if thread != threading.get_ident()]:
-        del _within[block]
+    _after_in_parent()
+    for lock, taken in zip(_locks, _own.taken, strict=False):
+        if not taken and lock is not internals.compile_lock:
+            lock._at_fork_reinit()
 
 
 if hasattr(os, "register_at_fork"):

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import forks, internals, settings
+from . import internals, settings
 from .checking.trial import Sides, Trial
 from .compiling.direct import Compiled, had_effects
 from .compiling.refusal import first_line
@@ -496,13 +496,12 @@ class Trampoline:
             self._on_trial = offer, _Served(offer.compiled, offer.condition and predicate(offer.condition))
             self._region.settle(State.TRIAL, unless=(State.INSTALLED,))
         else:
-            with forks.held_off():
-                with self._region.timed("install_s"):
-                    remark = offer.install()
-                self._serve(offer.compiled, offer.condition)
-                self._region.installed_at = time.time()
-                self._region.artifacts = len(self._served)
-                self._region.settle(State.INSTALLED, remark, unless=(State.REJECTED,))
+            with self._region.timed("install_s"):
+                remark = offer.install()
+            self._serve(offer.compiled, offer.condition)
+            self._region.installed_at = time.time()
+            self._region.artifacts = len(self._served)
+            self._region.settle(State.INSTALLED, remark, unless=(State.REJECTED,))
         self._ready = None  # not before: what an interrupt cuts short is done again, to the same end
 
     def install_unless_manual(self) -> None:

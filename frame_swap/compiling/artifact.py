@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import forks, internals
+from .. import internals
 from . import echo, folders, libraries
 from .direct import Compiled, Replacement
 from .process_state import ProcessState
@@ -29,7 +29,7 @@ def prepare() -> None:
     """
     if _NEEDED in sys.modules:  # this thread imports it, if nobody else has: it is complete
         return
-    with internals.compile_lock, forks.held_off():
+    with internals.compile_lock:
         importlib.import_module(_NEEDED)
 
 

@@ -34,7 +34,7 @@ import signal
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -181,7 +181,7 @@ class Process:
 
     def end(self) -> None:
         """End it now, with its compilers, and remove its folder."""
-        with _change():
+        with _changing:
             if self.ended:
                 return
             self.ended = True
@@ -270,7 +270,7 @@ class Pool:
     def retire(self) -> None:
         """End when all that was submitted has ended."""
         self._threads.shutdown(wait=False)
-        with _change():
+        with _changing:
             self.terms = self.terms._replace(idle_timeout=min(self.terms.idle_timeout, 1))
             for process in list(self._free):
                 self._end(process)
@@ -278,7 +278,7 @@ class Pool:
     def kill(self) -> None:
         """End all processes now."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        with _change():
+        with _changing:
             self._killed = True
             for process in list(self._processes):
                 self._end(process)
@@ -305,13 +305,13 @@ class Pool:
             self._give_back(process)
 
     def _start_one(self) -> None:
-        with _change():
+        with _changing:
             if len(self._processes) < self.terms.size:
                 with contextlib.suppress(Exception):  # the first call will say so
                     self._give_back(self._take_fresh())
 
     def _take(self) -> Process:
-        with _change():
+        with _changing:
             while self._free:
                 process, alarm = self._free.popitem()
                 alarm.cancel()
@@ -328,7 +328,7 @@ class Pool:
         return process
 
     def _give_back(self, process: Process) -> None:
-        with _change():
+        with _changing:
             if process.ended or self._killed:
                 return self._end(process)
             idle = min(self.terms.idle_timeout, threading.TIMEOUT_MAX)
@@ -338,7 +338,7 @@ class Pool:
                 alarm.start()
 
     def _end_free(self, process: Process) -> None:
-        with _change():
+        with _changing:
             if process in self._free:
                 self._end(process)
 
@@ -349,15 +349,8 @@ class Pool:
         process.end()
 
 
-_changing = threading.RLock()
-
-
-@contextlib.contextmanager
-def _change() -> Iterator[None]:
-    """One thread at a time is within the block, and no fork meanwhile."""
-    with forks.held_off(), _changing:
-        yield
-
+_changing = forks.lock()
+"""One thread at a time starts or ends processes, and no fork meanwhile."""
 
 _all: weakref.WeakSet[Pool] = weakref.WeakSet()
 _parents: list[Pool] = []
@@ -371,8 +364,6 @@ def kill_all() -> None:
 
 
 def _forget() -> None:
-    global _changing
-    _changing = threading.RLock()
     _parents.extend(_all)
     _all.clear()
     process_executor._threads_wakeups.clear()

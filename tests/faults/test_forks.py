@@ -12,12 +12,13 @@ import pytest
 
 PROGRAM = """
     import faulthandler, os, signal, sys, threading
-    faulthandler.dump_traceback_later(150, exit=True)  # a hang; does not work in a forked child, which has an alarm
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(150, exit=True)  # a hang; it is of no use in a forked child
 
     import torch
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     import frame_swap
-    from frame_swap import forks, internals, region
+    from frame_swap import internals, region
     from frame_swap.compiling import artifact, pool, ship
     from frame_swap.compiling.service import Service, service
     from frame_swap.frames import cache_entry
@@ -37,6 +38,11 @@ PROGRAM = """
     def states():
         return [str(r.state) for r in frame_swap.report().regions]
 
+    def limit_time():
+        '''Of a forked child.'''
+        faulthandler.register(signal.SIGALRM, chain=True)
+        signal.alarm(120)
+
     def child(function=g):
         '''Goes on with what it has, and captures and compiles something new.'''
         frame_swap.configure(delay=0)
@@ -50,7 +56,7 @@ PROGRAM = """
 
     def fork():
         if (pid := os.fork()) == 0:
-            signal.alarm(120)
+            limit_time()
             try:
                 child()
             finally:
@@ -64,7 +70,7 @@ PROGRAM = """
         return next(iter(service._pool._processes))._executor
 
     def stopped(owner, name, after=False):
-        '''Another thread's next call of `owner.name` stops there; until it is released, or a fork waits.'''
+        '''Another thread's next call of `owner.name` stops there; until it is released, or a fork begins.'''
         inner, reached, released = getattr(owner, name), threading.Event(), threading.Event()
         def stop(*args, **keywords):
             result = inner(*args, **keywords) if after else None
@@ -73,7 +79,7 @@ PROGRAM = """
                 released.wait()
             return result if after else inner(*args, **keywords)
         setattr(owner, name, stop)
-        forks._idle.wait_for = lambda *args: (released.set(), type(forks._idle).wait_for(forks._idle, *args))[1]
+        os.register_at_fork(before=released.set)  # this hook runs first: the last one registered does
         return reached, released
 
     def in_background(call):
@@ -142,6 +148,26 @@ def test_a_fork_waits_for(moment: str, run_program: Any) -> None:
     assert set(states["parent"]) == {"installed"}
 
 
+def test_a_fork_waits_for_the_compile_lock(run_program: Any) -> None:
+    """A user's capture holds it, too. The child would wait for ever for a lock that nobody gives back."""
+    states = run(
+        run_program,
+        """
+        reached, pause = threading.Event(), threading.Lock()
+        pause.acquire()
+        def capture():
+            with internals.compile_lock:
+                reached.set()
+                pause.acquire()  # C code: nothing runs between it and the release of the compile lock
+        in_background(capture)
+        assert reached.wait(100)
+        os.register_at_fork(before=pause.release)
+        fork()
+        """,
+    )
+    assert states == {"child": ["installed"] * 2}
+
+
 def test_locks_that_other_threads_hold(run_program: Any) -> None:
     """For moments: a fork does not wait for these, and the child has its own."""
     states = run(
@@ -196,7 +222,7 @@ def test_a_child_that_runs_to_its_end(run_program: Any) -> None:
         hold.wait()
         faulthandler.cancel_dump_traceback_later()  # Python hangs at the end of a child that has inherited it
         if (pid := os.fork()) == 0:
-            signal.alarm(120)
+            limit_time()
             frame_swap.configure(delay=600)
             check(g, torch.compile(g, backend="frame_swap"))
             print("child", *states(), flush=True)

@@ -20,7 +20,7 @@ import torch
 
 import frame_swap
 from faults.moments import HANG, Canned, InBackground, Moment, interrupted
-from frame_swap import State, backend, forks, internals, region
+from frame_swap import State, backend, internals, region
 from frame_swap.compiling import artifact, ship
 from frame_swap.frames import cache_entry
 
@@ -257,7 +257,7 @@ def test_stances(moment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works() -> None:
-    files = ("frame_swap/region.py", "frame_swap/forks.py", "/call_site.py", "/cache_entry.py", "/backend.py")
+    files = ("frame_swap/region.py", "/call_site.py", "/cache_entry.py", "/backend.py")
     frame_swap.configure(executor=Canned(backend.service._submit_to_pool))
     for at in itertools.count():
         torch._dynamo.reset()
@@ -279,7 +279,7 @@ def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works() -> None
 
 
 def test_an_interrupt_anywhere_in_a_capture_leaves_nothing_pending() -> None:
-    files = ("frame_swap/backend.py", "frame_swap/region.py", "/service.py", "/call_site.py", "frame_swap/forks.py")
+    files = ("frame_swap/backend.py", "frame_swap/region.py", "/service.py", "/call_site.py")
     for at in itertools.count():
         torch._dynamo.reset()
         program = Program()
@@ -313,13 +313,12 @@ def test_an_interrupt_where_the_first_call_waits(monkeypatch: pytest.MonkeyPatch
 
 def assert_nothing_is_held() -> None:
     def take_all() -> None:
-        for lock in (internals.compile_lock, region._lock, forks._lock, backend.service._lock):
+        for lock in (internals.compile_lock, region._lock, backend.service._lock):
             assert lock.acquire(timeout=HANG)
             lock.release()
 
     gc.collect()  # what was interrupted: a generator gives back what it holds when it goes
     InBackground(take_all).result()
-    assert not forks._within
 
 
 # --- Threads that race -------------------------------------------------------------------------------------
