@@ -40,7 +40,8 @@ from .frames import FrameGone, codegen
 from .frames.cache_entry import UnknownLayout
 from .frames.call_site import CallSite
 from .pair import trace_pair
-from .region import FrameSwapWarning, Offer, Region, Specialiser, State, Trampoline
+from .region import FrameSwapWarning, Region, State
+from .trampoline import Offer, Specialiser, Trampoline
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from .region import Region, State, Trampoline, regions, wait_until_settled
+from .region import Region, State, regions, wait_until_settled
+from .trampoline import Trampoline
 
 _COLUMNS = (
     "frame",

@@ -38,7 +38,7 @@ from frame_swap import State, backend, internals
 from frame_swap.checking.arguments import Uncopyable
 from frame_swap.checking.comparison import Comparison, RandomState, copy_of_graph, difference_in_layout, distance
 from frame_swap.pair import trace_pair
-from frame_swap.region import Trampoline
+from frame_swap.trampoline import Trampoline
 
 mismatches: list[str] = []
 """What was found wrong since it was last cleared; the call goes on, so that a test cannot swallow it."""
