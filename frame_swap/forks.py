@@ -27,7 +27,8 @@ from . import internals
 PATIENCE = 10.0
 """Loading takes a tenth of this. A fork that has waited for so long goes ahead."""
 
-_locks: list[Any] = [internals.compile_lock]  # reentrant
+_dynamos: list[Any] = [internals.compile_lock] if internals.MISSING is None else []
+_locks = [*_dynamos]  # reentrant, as those are that `lock` makes
 _own = threading.local()  # `taken`: for each of `_locks`, whether this thread's fork has got it
 
 
@@ -54,7 +55,7 @@ def _after_in_parent() -> None:
 def _after_in_child() -> None:
     _after_in_parent()
     for lock, taken in zip(_locks, _own.taken, strict=False):
-        if not taken and lock is not internals.compile_lock:
+        if not taken and lock not in _dynamos:
             lock._at_fork_reinit()
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import faulty
 import pytest
 import torch
 from helpers import Subject, Wrap, is_direct, swap_all, through_swap, wait_for_all
@@ -14,9 +16,16 @@ from torch import Tensor
 from torch.library import custom_op
 
 import frame_swap
-from frame_swap import State
+from frame_swap import FrameSwapWarning, State
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def honest() -> Iterator[None]:
+    """Operators lie only where a test says so."""
+    yield
+    faulty.lying = False
 
 
 def test_bert_base_trains_in_bfloat16_through_its_swap() -> None:
@@ -251,3 +260,90 @@ def test_a_triton_kernel_of_the_programs_is_shipped(tmp_path: Path, monkeypatch:
         return Subject(compiled(lambda x, y: added(x.sin(), y) * 2), inputs)
 
     through_swap(make, device="cuda")
+
+
+def sine(x: Tensor) -> Tensor:
+    return x.sin() * 2
+
+
+def test_a_miscompile_is_found(tmp_path: Path) -> None:
+    frame_swap.configure(when="manual", verify=2, repro_dir=str(tmp_path))
+    x = torch.rand(3, 4, device="cuda", requires_grad=True)
+    wrong = faulty.Miscompile("aten.cos.default", "aten.sin.default")
+    with torch._inductor.config.patch(post_grad_custom_post_pass=wrong):
+        compiled = torch.compile(sine, backend="frame_swap")
+        compiled(x)
+        wait_for_all()
+        frame_swap.swap()
+        with pytest.warns(FrameSwapWarning, match="gradient 0: up to"):
+            compiled(x).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.cos())
+    (region,) = frame_swap.report().regions
+    assert region.state is State.REJECTED
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "difference.txt").read_text().startswith("gradient 0")
+
+
+def test_verifying_draws_no_random_numbers_and_keeps_no_memory() -> None:
+    frame_swap.configure(when="manual", verify=2)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 8)).cuda()
+    compiled = torch.compile(model, backend="frame_swap")
+    x = torch.randn(256, 64, device="cuda")
+
+    def step() -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(3)
+        model.zero_grad()
+        out = compiled(x)
+        out.square().mean().backward()
+        grad = model[0].weight.grad
+        assert grad is not None
+        return out.detach().clone(), grad.clone(), torch.cuda.get_rng_state()
+
+    by_pair = step()
+    wait_for_all()
+    frame_swap.swap()
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):
+        for is_now, was in zip(step(), by_pair, strict=True):
+            assert torch.equal(is_now, was)
+    assert torch.cuda.memory_allocated() <= before
+    (region,) = frame_swap.report().regions
+    assert (region.state, region.verified) == (State.INSTALLED, 2)
+    assert "it draws random numbers" in region.reason
+
+
+def test_slower_code_is_turned_away() -> None:
+    frame_swap.configure(when="manual", profit=True)
+    x = torch.rand(3, device="cuda", requires_grad=True)
+    with torch._inductor.config.patch(post_grad_custom_post_pass=faulty.SlowDown("aten.cos.default")):
+        compiled = torch.compile(sine, backend="frame_swap")
+        compiled(x)
+        wait_for_all()
+    frame_swap.swap()
+    (region,) = frame_swap.report().regions
+    with pytest.warns(FrameSwapWarning, match="it is slower than the pair"):
+        while region.state is State.TRIAL:
+            compiled(x).sum().backward()
+    assert region.state is State.REJECTED
+    assert "(forward and backward, medians" in region.profit
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_compiled_code_that_raises_is_answered(train: bool) -> None:
+    def relays(x: Tensor) -> Tensor:
+        return faulty.relaid(x.sin()).cos().sum(-1)
+
+    frame_swap.configure(when="manual")
+    compiled = torch.compile(relays, backend="frame_swap")
+    x = torch.rand(3, 4, device="cuda", requires_grad=train)
+    compiled(x)
+    wait_for_all()
+    (region,) = swap_all()
+    faulty.lying = True
+    expected = relays(x)
+    with pytest.warns(FrameSwapWarning, match="compiled code raised AssertionError"):
+        torch.testing.assert_close(compiled(x), expected)
+    assert region.state is State.REJECTED
+    if train:
+        (grad,) = torch.autograd.grad(compiled(x).sum(), x)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])

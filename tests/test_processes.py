@@ -1,19 +1,12 @@
-"""Whole programs: what runs where, and that nothing stays behind."""
+"""Whole programs: what runs in which process."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import psutil
-import pytest
 
 import frame_swap
 
@@ -71,52 +64,6 @@ def test_a_foreground_region_is_seen_to_compile_here(run_program: Any) -> None:
     assert "compile_fx_inner" in seen
 
 
-PENDING = """
-    import sys, time, torch, frame_swap
-    from frame_swap.compiling.service import service
-    compiled = torch.compile(lambda x: (x.sin() @ x).relu(), backend="frame_swap")
-    compiled(torch.randn(32, 32))
-    print(frame_swap.report().regions[0].state, *service.worker_pids(), flush=True)
-"""
-
-
-@pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "raise ValueError('uncaught')"])
-def test_exit_with_work_pending_waits_for_nothing_and_leaves_nothing(
-    run_program: Any, ending: str, record_property: Callable[[str, object], None]
-) -> None:
-    program = (
-        PENDING
-        + f"""
-    print(time.time(), flush=True)
-    {ending}
-    """
-    )
-    # The call returns when the program has ended and nobody holds its output; what is pending stays so for longer.
-    done = run_program(program, check=False, FRAME_SWAP_DELAY="600")
-    first, last = done.stdout.splitlines()
-    record_property("seconds to exit", time.time() - float(last))
-    state, *pids = first.split()
-    assert state == "pending"
-    assert pids
-    assert "leaked" not in done.stderr
-    assert _gone(pids)
-
-
-def test_workers_end_when_their_program_is_killed() -> None:
-    program = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PENDING) + "time.sleep(600)"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert program.stdout is not None
-    state, *pids = program.stdout.readline().split()
-    assert state == "pending"
-    os.kill(program.pid, signal.SIGKILL)
-    assert _gone(pids, within=30)  # before anybody has reaped the program; a worker first finishes importing torch
-    program.wait()
-    program.stdout.close()
-
-
 def test_a_worker_does_not_run_the_users_main(tmp_path: Path, run_program: Any) -> None:
     script = tmp_path / "train.py"
     script.write_text(
@@ -146,34 +93,3 @@ def test_workers_start_when_the_backend_is_named_and_not_before(run_program: Any
         """
     )
     assert done.stdout.split() == ["0", str(frame_swap.settings.default_workers())]
-
-
-def test_a_forked_child_goes_on_with_the_pair(run_program: Any) -> None:
-    done = run_program(
-        """
-        import os, torch, frame_swap
-        torch.set_num_threads(1)  # OpenMP does not survive a fork
-        compiled = torch.compile(lambda x: x.sin() + 1, backend="frame_swap")
-        x = torch.randn(4)
-        compiled(x)
-        if os.fork() == 0:
-            torch.testing.assert_close(compiled(x), x.sin() + 1)
-            region, = frame_swap.wait(timeout=60).regions
-            print("child", region.state, region.reason, flush=True)
-            os._exit(0)
-        os.wait()
-        frame_swap.wait()
-        torch.testing.assert_close(compiled(x), x.sin() + 1)
-        print("parent", frame_swap.report().regions[0].state)
-        """
-    )
-    child, parent = done.stdout.splitlines()
-    assert child.startswith("child failed")
-    assert "forked" in child
-    assert parent == "parent installed"
-
-
-def _gone(pids: list[str], within: float = 10.0) -> bool:
-    alive = [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
-    _, alive = psutil.wait_procs(alive, timeout=within)
-    return not alive

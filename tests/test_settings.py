@@ -114,11 +114,7 @@ def test_mode_and_options_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> N
     assert [r.state for r in frame_swap.wait().regions] == [State.INSTALLED] * 2
 
 
-@pytest.mark.parametrize(
-    "variable",
-    ["TORCHINDUCTOR_FORCE_DISABLE_CACHES", "TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE"],
-)
-def test_caches_may_be_switched_off(run_program: Any, variable: str) -> None:
+def test_caches_may_be_switched_off(run_program: Any) -> None:
     done = run_program(
         """
         import torch, torch._functorch.config, frame_swap
@@ -127,7 +123,9 @@ def test_caches_may_be_switched_off(run_program: Any, variable: str) -> None:
                 torch.compile(lambda x: x.sin() + len(off), backend="frame_swap")(torch.randn(4))
         print(*(region.state for region in frame_swap.wait().regions))
         """,
-        **{variable: "1" if "DISABLE" in variable else "0"},
+        TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
+        TORCHINDUCTOR_FX_GRAPH_CACHE="0",
+        TORCHINDUCTOR_AUTOGRAD_CACHE="0",
     )
     assert set(done.stdout.split()) == {"installed"}
 
@@ -157,8 +155,8 @@ def test_without_a_private_name_it_stands_aside_with_one_warning(monkeypatch: py
 def test_a_name_that_torch_no_longer_has_is_found_at_import(run_program: Any) -> None:
     done = run_program(
         """
-        import warnings, torch, torch._dynamo.utils
-        del torch._dynamo.utils.orig_code_map
+        import warnings, torch
+        del torch._neg_view  # one of the first that are looked up: the others are not there then, either
         import frame_swap
         x = torch.randn(3)
         with warnings.catch_warnings(record=True) as caught:
@@ -168,7 +166,7 @@ def test_a_name_that_torch_no_longer_has_is_found_at_import(run_program: Any) ->
         print([str(w.message) for w in caught if w.category is frame_swap.FrameSwapWarning])
         """
     )
-    assert "orig_code_map" in done.stdout
+    assert "_neg_view" in done.stdout
 
 
 def test_a_dead_executor_fails_the_region_and_says_what_to_do() -> None:

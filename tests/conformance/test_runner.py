@@ -31,6 +31,7 @@ def test_stock_fails_too(): assert False
 """
 
 pytest.importorskip("xdist", reason="needs pip install -e '.[conformance]'")
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from unittest import mock
 import psutil
 import pytest
 import torch
+from helpers import DEVICE
 
 import frame_swap
 from frame_swap import FrameSwapWarning, Region, State, backend
@@ -46,7 +47,7 @@ def fresh_workers() -> None:
 def survives(function: Callable[[torch.Tensor], torch.Tensor], *words: str, state: State = State.FAILED) -> Region:
     """Compile `function`, whose compile fails: every call is right, one warning and the report say `words`."""
     compiled = torch.compile(function, backend="frame_swap")
-    x = torch.linspace(0.1, 0.9, 12).reshape(3, 4)
+    x = torch.linspace(0.1, 0.9, 12, device=DEVICE).reshape(3, 4)
     known = len(frame_swap.report().regions)
     with one_warning(*words):
         for _ in range(2):
@@ -63,7 +64,7 @@ def survives(function: Callable[[torch.Tensor], torch.Tensor], *words: str, stat
 def works(function: Callable[[torch.Tensor], torch.Tensor]) -> Region:
     """Compile `function`, which ends on compiled code, and not a word is said."""
     compiled = torch.compile(function, backend="frame_swap")
-    x = torch.linspace(0.1, 0.9, 12).reshape(3, 4)
+    x = torch.linspace(0.1, 0.9, 12, device=DEVICE).reshape(3, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(compiled(x), function(x))

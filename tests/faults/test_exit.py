@@ -96,7 +96,13 @@ def test_an_end_in_the_middle_of_a_compile(
     assert not [pid for pid in written if psutil.pid_exists(pid) and "sleep" in psutil.Process(pid).name()]
 
 
-@pytest.mark.parametrize("another", ["frame_swap.configure(workers=2)", "os.kill(service.worker_pids()[0], 9)"])
+@pytest.mark.parametrize(
+    "another",
+    [
+        pytest.param("frame_swap.configure(workers=2)", marks=pytest.mark.long),
+        "os.kill(service.worker_pids()[0], 9)",
+    ],
+)
 def test_the_end_with_another_pool_than_the_first(another: str, run_program: Any) -> None:
     """loky waits for each pool in an exit hook of its own."""
     run_program(

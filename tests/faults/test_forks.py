@@ -128,7 +128,9 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(m, marks=pytest.mark.long) if m == "an import" else m for m in MOMENTS]
+)
 def test_a_fork_waits_for(moment: str, run_program: Any) -> None:
     where, begin = MOMENTS[moment]
     states = run(

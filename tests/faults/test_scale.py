@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,9 +17,15 @@ import frame_swap
 from faults.moments import HANG, InBackground, stall_detector
 from frame_swap import State, backend, region, trampoline
 
-pytestmark = [pytest.mark.usefixtures("no_warnings"), pytest.mark.long]
+pytestmark = pytest.mark.usefixtures("no_warnings", "no_kept_log")
 
 MB = 1 << 20
+
+
+@pytest.fixture
+def no_kept_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest keeps each line that is logged, and torch logs at level DEBUG: half a megabyte for a graph."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
 
 def functions(count: int, body: str) -> Iterator[Callable[..., Any]]:
@@ -46,14 +53,18 @@ class Resources:
         self.objects = {kind.__name__: sum(type(o) is kind for o in gc.get_objects()) for kind in self.KINDS}
 
 
-def assert_back(before: Resources, after: Resources, growth: int) -> None:
-    """Files, threads and objects are as many as before; memory has grown by at most `growth` bytes."""
+def assert_back(before: Resources, after: Resources, growth: int | None) -> None:
+    """Files, threads and objects are as many as before; memory has grown by at most `growth` bytes, if that is
+    given: it takes many rounds for memory to tell."""
     assert after.files <= before.files
     assert after.threads <= before.threads
     assert {kind: n for kind, n in after.objects.items() if n > before.objects[kind]} == {}
-    assert after.memory - before.memory <= growth, f"{(after.memory - before.memory) / MB:.1f} MB more"
+    if growth is not None:
+        more = after.memory - before.memory
+        assert more <= growth, f"{more / MB:.1f} MB more, of {growth / MB:.1f} at most"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_300_graphs(record_property: Callable[[str, object], None]) -> None:
     x = torch.randn(4, 4)
@@ -84,7 +95,7 @@ def test_300_graphs(record_property: Callable[[str, object], None]) -> None:
     assert_back(once, twice, growth=artifacts // 2)
 
 
-@pytest.mark.parametrize("limit", [8, 64])
+@pytest.mark.parametrize("limit", [8, pytest.param(64, marks=pytest.mark.long)])
 def test_50_recompiles_of_one_frame(limit: int) -> None:
     """Dynamo's recompile limit counts as with any other backend; past it the frame runs uncompiled."""
     captured = []
@@ -116,7 +127,7 @@ def test_50_recompiles_of_one_frame(limit: int) -> None:
         assert [r.pair_calls for r in region.regions()] == calls
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(60, marks=pytest.mark.timeout(1800))])
+@pytest.mark.parametrize("rounds", [3, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
 def test_eight_threads_call_one_function_through_the_swap(
     rounds: int, record_property: Callable[[str, object], None]
 ) -> None:
@@ -158,9 +169,10 @@ def test_eight_threads_call_one_function_through_the_swap(
         assert row.trampoline is None
 
     seen = []
-    for function in functions(rounds, "(x.sin() + {number}).tanh()"):
+    for function in functions(rounds, "(x.sin() + {number} % 5).tanh()"):  # a library stays loaded for good
         through_the_swap(function)
         seen.append(Resources())
     record_property("MB after each round", [round(r.memory / MB) for r in seen])
-    at = len(seen) // 2
-    assert_back(seen[at], seen[-1], growth=20 * MB + max(0, seen[at].memory - seen[0].memory))
+    later = len(seen) // 2
+    artifacts = sum(row.artifact_bytes or 0 for row in region.regions()[later:])
+    assert_back(seen[later], seen[-1], growth=artifacts // 2 if rounds > 3 else None)

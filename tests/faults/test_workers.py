@@ -162,7 +162,7 @@ def retrying(marks: Path) -> tuple[str, dict[str, str]]:
     return textwrap.dedent(RETRYING.format(marks=str(marks))), environment
 
 
-@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(3)"])
+@pytest.mark.parametrize("ending", ["pass", pytest.param("raise SystemExit(3)", marks=pytest.mark.long)])
 def test_exit_during_a_second_attempt(run_program: Any, tmp_path: Path, ending: str) -> None:
     program, environment = retrying(tmp_path)
     done = run_program(program + ending, check=False, **environment)
@@ -171,6 +171,7 @@ def test_exit_during_a_second_attempt(run_program: Any, tmp_path: Path, ending: 
     wait_for(lambda: not any(runs(int(pid)) for pid in pids))
 
 
+@pytest.mark.long
 def test_a_fork_during_a_second_attempt(run_program: Any, tmp_path: Path) -> None:
     program, environment = retrying(tmp_path)
     program += textwrap.dedent("""
