@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 import frame_swap
+from faults import Fault
+from faults.harness import fresh_workers, plant, survives, works
 from frame_swap import FrameSwapWarning, State
 
 pytestmark = pytest.mark.gpu
@@ -347,3 +349,18 @@ def test_compiled_code_that_raises_is_answered(train: bool) -> None:
     if train:
         (grad,) = torch.autograd.grad(compiled(x).sum(), x)
         torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
+
+
+@pytest.fixture
+def killer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[int], Fault]]:
+    """Workers that are killed while they compile, as often as it is called with."""
+    yield lambda times: plant(monkeypatch, Fault("compiling", "killed", str(tmp_path), times=times))
+    fresh_workers()
+
+
+def test_a_worker_that_is_killed(killer: Callable[[int], Fault]) -> None:
+    killer(1)
+    works(lambda x: x.sin() + 3, device="cuda")
+    fault = killer(99)
+    survives(lambda x: x.sin() + 4, "was killed by SIGKILL while compiling", "(tried twice)", device="cuda")
+    assert fault.hits == 3

@@ -18,7 +18,6 @@ from unittest import mock
 import psutil
 import pytest
 import torch
-from helpers import DEVICE
 
 import frame_swap
 from frame_swap import FrameSwapWarning, Region, State, backend
@@ -44,10 +43,15 @@ def fresh_workers() -> None:
         old._threads.shutdown()
 
 
-def survives(function: Callable[[torch.Tensor], torch.Tensor], *words: str, state: State = State.FAILED) -> Region:
+def survives(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    *words: str,
+    state: State = State.FAILED,
+    device: str = "cpu",
+) -> Region:
     """Compile `function`, whose compile fails: every call is right, one warning and the report say `words`."""
     compiled = torch.compile(function, backend="frame_swap")
-    x = torch.linspace(0.1, 0.9, 12, device=DEVICE).reshape(3, 4)
+    x = torch.linspace(0.1, 0.9, 12, device=device).reshape(3, 4)
     known = len(frame_swap.report().regions)
     with one_warning(*words):
         for _ in range(2):
@@ -61,10 +65,10 @@ def survives(function: Callable[[torch.Tensor], torch.Tensor], *words: str, stat
     return region
 
 
-def works(function: Callable[[torch.Tensor], torch.Tensor]) -> Region:
+def works(function: Callable[[torch.Tensor], torch.Tensor], device: str = "cpu") -> Region:
     """Compile `function`, which ends on compiled code, and not a word is said."""
     compiled = torch.compile(function, backend="frame_swap")
-    x = torch.linspace(0.1, 0.9, 12, device=DEVICE).reshape(3, 4)
+    x = torch.linspace(0.1, 0.9, 12, device=device).reshape(3, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(compiled(x), function(x))
