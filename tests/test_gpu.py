@@ -11,13 +11,13 @@ from typing import Any
 import faulty
 import pytest
 import torch
+from faults import Fault
+from faults.harness import fresh_workers, plant, survives, works
 from helpers import Subject, Wrap, is_direct, swap_all, through_swap, wait_for_all
 from torch import Tensor
 from torch.library import custom_op
 
 import frame_swap
-from faults import Fault
-from faults.harness import fresh_workers, plant, survives, works
 from frame_swap import FrameSwapWarning, State
 
 pytestmark = pytest.mark.gpu
