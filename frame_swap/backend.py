@@ -122,6 +122,7 @@ def _answer(
         whole = internals.captured_whole(gm)
         trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline, whole)
     if when == "wait":
+        artifact.prepare()  # while the worker compiles
         _on_outcome(shipment, job.wait(), frame_open=True)
     return trampoline
 
