@@ -742,6 +742,22 @@ def test_hooks_on_saved_tensors_that_are_graphs_stay() -> None:
     assert "hooks on saved tensors that are graphs" in region.reason
 
 
+def test_collectives_stay() -> None:
+    """Compiled in the foreground, where the process group is."""
+    import torch.distributed as dist
+    from torch.distributed._functional_collectives import all_reduce
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        stayed = foreground(
+            lambda compiled: Subject(compiled(lambda x: all_reduce(x.sin(), "sum", dist.group.WORLD) * 2), [rand]),
+            "cpu",
+        )
+    finally:
+        dist.destroy_process_group()
+    assert stayed.reason == "the graph calls _c10d_functional.all_reduce, and a worker is in no process group"
+
+
 def test_freezing_stays(device: str) -> None:
     model = nn.Linear(4, 4).eval().to(device)
 

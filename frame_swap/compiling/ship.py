@@ -142,9 +142,15 @@ def _check_graph(gm: GraphModule) -> list[OpOverload]:
                 raise Unshippable(f"the graph holds a tensor of its own: {node.target}")
             if node.op == "call_module" and not isinstance(module.get_submodule(node.target), GraphModule):
                 raise Unshippable(f"the graph calls a module: {node.target}")
+            if str(node.target).partition(".")[0] in _COLLECTIVE:
+                raise Unshippable(f"the graph calls {node.target}, and a worker is in no process group")
             if isinstance(node.target, (OpOverload, OpOverloadPacket)) and operators.is_custom(node.target):
                 custom.update(dict.fromkeys(operators.overloads(node.target)))
     return list(custom)
+
+
+_COLLECTIVE = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "symm_mem")
+"""Namespaces of operators that communicate with other processes of the program."""
 
 
 def has_effects(gm: GraphModule) -> bool:
