@@ -222,6 +222,20 @@ def test_a_wrong_shape_shows_in_spite_of_random_numbers() -> None:
     assert "dtype" in region().reason
 
 
+@pytest.mark.parametrize("swapped", [None, ("aten.exp.default", "aten.expm1.default")], ids=["right", "wrong"])
+def test_uninitialised_memory_excuses_values_only_where_they_differ(swapped: tuple[str, str] | None) -> None:
+    compiled = torch.compile(lambda x: torch.empty_like(x).fill_(1) + x.exp(), backend="frame_swap")
+    x = torch.rand(3, 4)
+    with miscompiled(*swapped) if swapped else contextlib.nullcontext():
+        compiled(x)
+        wait_for_all()
+        frame_swap.swap()
+    for _ in range(3):
+        compiled(x)
+    assert (region().state, region().verified) == (State.INSTALLED, 2)
+    assert region().reason == ("verified but for its values: it hands out uninitialised memory" if swapped else "")
+
+
 def test_compiled_code_that_raises_is_rejected() -> None:
     def relays(x: Tensor) -> Tensor:
         return faulty.relaid(x.sin()).cos().sum(-1)

@@ -5,9 +5,9 @@ what can be seen of a call. Whether values are equal is decided as PyTorch's acc
 (`torch._dynamo.utils.same`): they are close, or compiled code is hardly further than the pair is from what
 Dynamo's graph gives, op by op, in double precision.
 
-Values that no two runs share are not compared, only their types and shapes: those of a graph that draws random
-numbers, unless compiled code draws the same ones, and those of a graph that hands out uninitialised memory. A
-graph draws random numbers where the pair's run moved a generator.
+Values that no two runs share do not count, only their types and shapes: those of a graph that draws random
+numbers, unless compiled code draws the same ones, and those that differ of a graph that makes uninitialised memory.
+A graph draws random numbers where the pair's run moved a generator.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Comparison:
     Attributes:
         expected, actual: what was seen of the pair's call, and of compiled code's.
         random: whether the pair has drawn random numbers.
-        incomparable: why values are not compared; "" where they are.
+        incomparable: why values do not count; "" where they do.
 
     Raises:
         Uncopyable: there is no telling.
@@ -81,8 +81,6 @@ class Comparison:
         self.incomparable = ""
         if self.random and not same_numbers:
             self.incomparable = "it draws random numbers, and compiled code draws others"
-        elif isinstance(graph, torch.nn.Module) and hands_out_uninitialised(graph):
-            self.incomparable = "it hands out uninitialised memory"
 
     def difference(self, compiled: Call) -> str:
         """What compiled code does otherwise; "" where nothing. The random state is left as it was found."""
@@ -106,7 +104,13 @@ class Comparison:
                 return f"{name}: {why}"
         if actual.differentiable != expected.differentiable:
             return f"outputs that require a gradient: {actual.differentiable}, the pair's {expected.differentiable}"
-        return "" if self.incomparable else self._difference_in_values(actual.values)
+        if self.incomparable:
+            return ""
+        difference = self._difference_in_values(actual.values)
+        if difference and isinstance(self._graph, torch.nn.Module) and makes_uninitialised(self._graph):
+            self.incomparable = "it hands out uninitialised memory"
+            return ""
+        return difference
 
     def _difference_in_layout(self, name: str, have: Any, want: Any) -> str:
         """Strides do not count: with and without frame-swap, Inductor pads some outputs."""
@@ -234,8 +238,8 @@ def distance(have: Tensor, want: Tensor) -> float:
     return float(torch.where(same, 0.0, (have - want).abs()).nan_to_num(nan=torch.inf).max())
 
 
-def hands_out_uninitialised(graph: torch.nn.Module) -> bool:
-    """Whether operators of the graph return memory as they find it."""
+def makes_uninitialised(graph: torch.nn.Module) -> bool:
+    """Whether operators of the graph return memory as they find it, whatever becomes of that."""
     targets = (str(n.target) for m in graph.modules() if isinstance(m, torch.fx.GraphModule) for n in m.graph.nodes)
     return any("empty" in target or "resize" in target for target in targets)
 
