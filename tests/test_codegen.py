@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dis
+import sys
 from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
 import torch
-from bytecode import Bytecode, Instr
+from bytecode import Bytecode, Instr, Label
 
 import frame_swap
 from frame_swap import internals
 from frame_swap.frames import codegen
 
 
-def assembled(*instructions: tuple[Any, ...], argnames: tuple[str, ...] = ("x",)) -> CodeType:
+def assembled(*instructions: tuple[Any, ...] | Label, argnames: tuple[str, ...] = ("x",)) -> CodeType:
     """A function's code, after the few instructions that all functions begin with."""
-    code = Bytecode([Instr("RESUME", 0), *(Instr(*i) for i in instructions)])
+    code = Bytecode([Instr("RESUME", 0), *(i if isinstance(i, Label) else Instr(*i) for i in instructions)])
     code.argnames, code.argcount, code.name = list(argnames), len(argnames), "f"
     code.flags |= 3  # optimised, with locals of its own
     return code.to_code()
@@ -31,6 +32,51 @@ def shortened(code: CodeType) -> tuple[Callable[..., Any], list[str]]:
 
 
 RETURN = ("RETURN_VALUE",)
+
+
+def either(first: object, second: object, *condition: tuple[Any, ...]) -> list[tuple[Any, ...] | Label]:
+    """Instructions that push the one or the other."""
+    other, end = Label(), Label()
+    if sys.version_info >= (3, 13):
+        condition = (*condition, ("TO_BOOL",))
+    jump = "POP_JUMP_FORWARD_IF_FALSE" if sys.version_info < (3, 12) else "POP_JUMP_IF_FALSE"
+    return [
+        *condition,
+        (jump, other),
+        ("LOAD_CONST", first),
+        ("JUMP_FORWARD", end),
+        other,
+        ("LOAD_CONST", second),
+        end,
+    ]
+
+
+def test_a_question_whose_answer_nobody_reads_is_not_asked() -> None:
+    """Whether there is a profiler, which torch 2.15 asks before each call of a graph."""
+    attribute: Any = "_is_profiler_enabled" if sys.version_info < (3, 12) else (False, "_is_profiler_enabled")
+    f, names = shortened(
+        assembled(
+            ("LOAD_GLOBAL", (False, "__import_torch_dot_autograd_dot_profiler")),
+            ("LOAD_ATTR", attribute),
+            ("STORE_FAST", "tmp"),
+            *either(None, None, ("LOAD_FAST", "tmp")),
+            ("NOP",),
+            ("POP_TOP",),
+            *either(None, None, ("LOAD_FAST", "tmp"), ("LOAD_CONST", None), ("IS_OP", 0)),
+            ("POP_TOP",),
+            ("LOAD_FAST", "x"),
+            RETURN,
+        )
+    )
+    assert f(7) == 7
+    assert names == ["LOAD_FAST", "RETURN_VALUE"]
+
+
+def test_other_conditions_stay() -> None:
+    f, _ = shortened(assembled(*either(1, 2, ("LOAD_FAST", "x")), RETURN))
+    assert (f(True), f(False)) == (1, 2)
+    _, names = shortened(assembled(*either(1, 1, ("LOAD_FAST", "x"), ("UNARY_NEGATIVE",)), RETURN))
+    assert "UNARY_NEGATIVE" in names, "it may raise"
 
 
 def test_lists_that_are_not_returned_are_not_made() -> None:

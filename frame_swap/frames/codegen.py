@@ -37,8 +37,8 @@ class Condition(NamedTuple):
 def call_constants(code: CodeType, callees: Mapping[str, object]) -> CodeType:
     """`code` with each `LOAD_GLOBAL name` of a name in `callees` replaced by its callee, as a constant.
 
-    What Dynamo's code records for the profiler before it calls a graph is left out; and so is what it makes between
-    the last call and its return, and does not return.
+    What Dynamo's code records for the profiler before it calls a graph is left out, with the question whether there
+    is one (torch 2.15); and so is what it makes between the last call and its return, and does not return.
     """
 
     def load(instruction: Instr) -> list[Instr]:
@@ -55,7 +55,9 @@ def call_constants(code: CodeType, callees: Mapping[str, object]) -> CodeType:
         instructions[at : at + 1] = load(cast(Instr, instructions[at]))
     for at in _find(instructions, lambda i: i.name in ("LOAD_ATTR", "LOAD_METHOD") and _name(i) in _RECORDS):
         _answer_with_none(instructions, at)
-    _drop_unread_constants(instructions)
+    _drop_unread(instructions)
+    while any(_join(instructions, at) for at in _find(instructions, lambda i: i.name.startswith("POP_JUMP_"))):
+        _drop_unread(instructions)
     _return_at_once(instructions)
     return instructions.to_code()
 
@@ -77,8 +79,9 @@ def _answer_with_none(instructions: Bytecode, at: int) -> None:
         instructions[at - 1 : end] = [*(i for store in stored for i in (none, store)), none]
 
 
-def _drop_unread_constants(instructions: Bytecode) -> None:
-    """Leave out constants that are popped at once, or stored in variables of Dynamo's that nothing reads."""
+def _drop_unread(instructions: Bytecode) -> None:
+    """Leave out what is popped at once, or stored in variables of Dynamo's that nothing reads: constants, and what
+    Dynamo looks up for its records."""
     others = [
         i
         for i in instructions
@@ -88,12 +91,51 @@ def _drop_unread_constants(instructions: Bytecode) -> None:
     named += instructions.argnames
     dropped = []
     for at in _find(instructions, lambda i: i.name == "POP_TOP" or (i.name == "STORE_FAST" and i.arg not in named)):
-        if getattr(instructions[at - 1], "name", "") == "LOAD_CONST":
+        start = _start_of_value(instructions, at)
+        if start is not None:
             dropped.append(cast(Instr, instructions[at]).arg)
-            del instructions[at - 1 : at + 1]
+            del instructions[start : at + 1]
     stored = [i.arg for i in instructions if isinstance(i, Instr) and i.name == "STORE_FAST"]
     for at in _find(instructions, lambda i: i.name == "DELETE_FAST" and i.arg in dropped and i.arg not in stored):
         del instructions[at]
+
+
+def _start_of_value(instructions: Bytecode, end: int) -> int | None:
+    """Where begins what pushes the value that the instruction at `end` takes, if it does nothing else."""
+    at = end - 1
+    while _named(instructions[at], "NOP"):
+        at -= 1
+    value = instructions[at]
+    if not isinstance(value, Instr):
+        return None
+    if value.name == "LOAD_ATTR" and _name(value) == "_is_profiler_enabled":
+        return _start_of_value(instructions, at)
+    import_of_dynamos = value.name == "LOAD_GLOBAL" and str(_name(value)).startswith("__import_torch")
+    return at if import_of_dynamos or value.name == "LOAD_CONST" else None
+
+
+def _join(instructions: Bytecode, at: int) -> bool:
+    """Leave out the condition of the jump at `at` if nothing depends on it: both ways push the same constant."""
+    match instructions[at : at + 6]:
+        case [
+            Instr(arg=Label() as other),
+            Instr(name="LOAD_CONST", arg=value),
+            Instr(name="JUMP_FORWARD", arg=Label() as end),
+            Label() as there,
+            Instr(name="LOAD_CONST", arg=same),
+            Label() as joined,
+        ] if there is other and joined is end and same is value:
+            pass
+        case _:
+            return False
+    jumps = [i.arg for i in instructions if isinstance(i, Instr) and (i.arg is other or i.arg is end)]
+    first = at - _named(instructions[at - 1], "TO_BOOL")  # from Python 3.13 on
+    first -= 3 if _named(instructions[first - 1], "IS_OP") else 1
+    condition = [getattr(i, "name", "") for i in instructions[first:at]]
+    if len(jumps) != 2 or not {*condition} <= {"LOAD_FAST", "LOAD_CONST", "IS_OP", "TO_BOOL"}:
+        return False
+    instructions[first : at + 6] = [Instr("LOAD_CONST", value)]
+    return True
 
 
 class _Value(NamedTuple):
