@@ -139,7 +139,10 @@ class _Translation:
         raise self._inexpressible(f"{type(expr).__name__} is not known as a relation: {expr}")
 
     def _number(self, expr: sympy.Basic) -> ast.expr:
-        return self._integer(expr) if expr.is_integer or not expr.has(*_FLOATS) else self._float(expr)
+        integer = expr.is_integer or not expr.has(*_FLOATS)
+        if isinstance(expr, sympy.Mod):  # whose `is_integer` wants to know that the divisor is not 0, too
+            integer = all(arg.is_integer for arg in expr.args)
+        return self._integer(expr) if integer else self._float(expr)
 
     def _float(self, expr: sympy.Basic) -> ast.expr:
         """A number in double precision; an integer in it becomes one where it meets a float, as in torch."""

@@ -218,6 +218,7 @@ def test_text(relations: list[sympy.Basic], text: str) -> None:
         sympy.Eq(torch_functions.FloorToInt(1.8735363483429 * ToFloat(s0)), s1),
         sympy.Eq(torch_functions.CeilToInt(0.3 * ToFloat(s0)), torch_functions.FloorToInt(0.3 * ToFloat(s0)) + 1),
         Max(1, torch_functions.CeilToInt(torch_functions.FloorToInt(-1.25 * ToFloat(s0)))) < s1,
+        sympy.Ne(sympy.Mod(s1, torch_functions.FloorToInt(1.8735363483429 * ToFloat(s0))), 0),
         torch_functions.TruncToInt(0.7 - IntTrueDiv(s0, 3)) * s1 > -10,
     ],
     ids=str,
