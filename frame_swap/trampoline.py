@@ -231,8 +231,9 @@ class Trampoline:
             return
         self._ready = offer
         self._attention = self._when != "manual"
-        self._region.settle(State.READY, unless=SETTLED)
+        # Who waits goes on with whichever is news, and may then ask for more: nothing may come after that.
         self._region.end_specialising()
+        self._region.settle(State.READY, unless=SETTLED)
 
     def install(self, wait: bool = False) -> None:
         """Install what was offered, if anything was. Where that fails, the pair stays.
@@ -349,8 +350,8 @@ class Specialiser:
             taken.clear()  # given back by `resume`
         finally:
             if taken and taken[0]:
-                self._busy.release()
                 self._region.end_specialising()
+                self._busy.release()  # last: another call may ask from then on
 
     def resume(self) -> None:
         """The artifact that was asked for is in place, or will not come."""

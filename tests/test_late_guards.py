@@ -6,6 +6,7 @@ import dataclasses
 import dis
 import itertools
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 import frame_swap
 from frame_swap import FrameSwapWarning, Region, State, backend, internals
 from frame_swap.compiling import worker
+from frame_swap.trampoline import Trampoline
 
 Function = Callable[[Tensor], Any]
 
@@ -79,6 +81,33 @@ def test_each_size_gets_an_artifact_in_whatever_order_they_come(sizes: Sequence[
     assert region.pair_calls == calls
     assert [guard.split()[-1] for guard in region.late_guards] == [f"{n})" for n in sizes]  # Eq(s53, 8)
     assert (region.state, region.reason) == (State.INSTALLED, "")
+
+
+def test_what_is_asked_for_as_soon_as_the_first_artifact_is_there_is_awaited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread may install it, and ask for more, before the loader thread has returned from offering it."""
+    function = compiled(pool)
+    settle, returned = Region.settle, threading.Event()
+    offer = Trampoline.offer
+
+    def offer_to_the_end(self: Trampoline, *args: Any) -> None:
+        offer(self, *args)
+        returned.set()
+
+    def settle_and_ask(self: Region, state: State, *args: Any, **options: Any) -> bool:
+        done = settle(self, state, *args, **options)
+        if state is State.READY and done:
+            assert self.trampoline is not None
+            self.trampoline.install(wait=True)
+            function(images(9))
+        return done
+
+    monkeypatch.setattr(Region, "settle", settle_and_ask)
+    monkeypatch.setattr(Trampoline, "offer", offer_to_the_end)
+    function(images(8))
+    assert returned.wait(120)
+    assert swap().artifacts == 2
 
 
 def test_an_artifact_serves_all_the_sizes_that_it_fits() -> None:
