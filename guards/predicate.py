@@ -140,7 +140,7 @@ class _Translation:
 
     def _number(self, expr: sympy.Basic) -> ast.expr:
         integer = expr.is_integer or not expr.has(*_FLOATS)
-        if isinstance(expr, sympy.Mod):  # whose `is_integer` wants to know that the divisor is not 0, too
+        if not integer and isinstance(expr, sympy.Mod):  # that asks whether the divisor is 0, too
             integer = all(arg.is_integer for arg in expr.args)
         return self._integer(expr) if integer else self._float(expr)
 
