@@ -142,10 +142,11 @@ def _check_graph(gm: GraphModule) -> list[OpOverload]:
                 raise Unshippable(f"the graph holds a tensor of its own: {node.target}")
             if node.op == "call_module" and not isinstance(module.get_submodule(node.target), GraphModule):
                 raise Unshippable(f"the graph calls a module: {node.target}")
-            if str(node.target).partition(".")[0] in _COLLECTIVE:
-                raise Unshippable(f"the graph calls {node.target}, and a worker is in no process group")
-            if isinstance(node.target, (OpOverload, OpOverloadPacket)) and operators.is_custom(node.target):
-                custom.update(dict.fromkeys(operators.overloads(node.target)))
+            if isinstance(node.target, (OpOverload, OpOverloadPacket)):
+                if str(node.target).partition(".")[0] in _COLLECTIVE:
+                    raise Unshippable(f"the graph calls {node.target}, and a worker is in no process group")
+                if operators.is_custom(node.target):
+                    custom.update(dict.fromkeys(operators.overloads(node.target)))
     return list(custom)
 
 

@@ -44,6 +44,13 @@ def functions(count: int, body: str) -> Iterator[Callable[..., Any]]:
         yield scope["function"]
 
 
+def settle() -> None:
+    """Wait for all compiles, however long they take in all."""
+    with stall_detector(lambda: sum(r.awaited for r in region.regions())) as check:
+        while not region.wait_until_settled(1.0):
+            check()
+
+
 class Resources:
     """What this process holds, when garbage is collected: resident memory, open files, threads, and live objects
     of the kinds that belong to one graph."""
@@ -83,9 +90,7 @@ def test_300_graphs(record_property: Callable[[str, object], None]) -> None:
             compiled = torch.compile(function, backend="frame_swap")
             for _ in range(2):
                 torch.testing.assert_close(compiled(x), function(x))
-        with stall_detector(lambda: sum(r.awaited for r in region.regions())) as check:
-            while not region.wait_until_settled(1.0):
-                check()
+        settle()
         frame_swap.swap()
         assert {r.state for r in region.regions()} == {State.INSTALLED}
         torch._dynamo.reset()
@@ -123,9 +128,7 @@ def test_50_recompiles_of_one_frame(limit: int) -> None:
         for x in inputs:
             torch.testing.assert_close(compiled(x), ours(x))
         assert len(region.regions()) == len(captured) == min(50, limit)
-        with stall_detector(lambda: sum(r.awaited for r in region.regions())) as check:
-            while not region.wait_until_settled(1.0):
-                check()
+        settle()
         for x in inputs:
             torch.testing.assert_close(compiled(x), ours(x))
         assert len(region.regions()) == min(50, limit)
