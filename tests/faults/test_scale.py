@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import psutil
 import pytest
 import torch
-from _pytest.logging import LogCaptureHandler
 
 import frame_swap
 from faults.moments import HANG, InBackground, stall_detector
@@ -23,17 +19,6 @@ from frame_swap import State, backend, region, trampoline
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
 MB = 1 << 20
-
-
-@contextlib.contextmanager
-def no_kept_log() -> Iterator[None]:
-    """pytest keeps each line that is logged, and torch logs at level DEBUG: a third of a megabyte for a graph."""
-    loggers = [logging.getLogger(), *logging.getLogger().manager.loggerDict.values()]
-    with contextlib.ExitStack() as stack:
-        for logger in (one for one in loggers if isinstance(one, logging.Logger)):
-            others = [handler for handler in logger.handlers if not isinstance(handler, LogCaptureHandler)]
-            stack.enter_context(mock.patch.object(logger, "handlers", others))
-        yield
 
 
 def functions(count: int, body: str) -> Iterator[Callable[..., Any]]:
@@ -81,7 +66,6 @@ def assert_back(before: Resources, after: Resources, growth: int | None) -> None
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@no_kept_log()
 def test_300_graphs(record_property: Callable[[str, object], None]) -> None:
     x = torch.randn(4, 4)
 
@@ -140,7 +124,6 @@ def test_50_recompiles_of_one_frame(limit: int) -> None:
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
-@no_kept_log()
 def test_eight_threads_call_one_function_through_the_swap(
     rounds: int, record_property: Callable[[str, object], None]
 ) -> None:
