@@ -207,16 +207,13 @@ class Trampoline:
         """Go back to the pair for good. Calls under way in compiled code may still be answered here."""
         self._rejected, self._ready, self._attention, self.specialiser = True, None, False, None
         self._on_trial = None
-        taken: list[bool] = []
-        try:
-            taken.extend(map(internals.compile_lock.acquire, (False,)))  # as in `install`
-            if taken[0] and self.site is not None and self._served:
-                with suppress(FrameGone, Indirect, UnknownLayout):  # nobody calls it, or nothing was rewritten
-                    self.site.restore()
-        finally:
-            if taken and taken[0]:
-                internals.compile_lock.release()
+        _under_compile_lock(self._restore)
         self._region.reject(reason)
+
+    def _restore(self) -> None:
+        if self.site is not None and self._served:
+            with suppress(FrameGone, Indirect, UnknownLayout):  # nobody calls it, or nothing was rewritten
+                self.site.restore()
 
     @property
     def offered(self) -> bool:
@@ -241,13 +238,10 @@ class Trampoline:
         Args:
             wait: until no other thread compiles or installs; else that leaves installing to a later call.
         """
-        taken: list[bool] = []
+        taken = False
         try:
             self._attention = False
-            # C code calls it and keeps the answer: no signal can come in between.
-            taken.extend(map(internals.compile_lock.acquire, (wait,)))
-            if taken[0]:
-                self._install_to_the_end()
+            taken = _under_compile_lock(self._install_to_the_end, wait)
         except FrameGone:
             self._ready = None
             self._region.abandon()
@@ -255,10 +249,8 @@ class Trampoline:
             self._ready = None
             self._region.fail(f"installing failed: {type(error).__name__}: {error}")
         finally:
-            if taken and taken[0]:
-                internals.compile_lock.release()
             # Set where it is offered, too: never lost.
-            if self._ready is not None and (self._when != "manual" or not (taken and taken[0])):
+            if self._ready is not None and (self._when != "manual" or not taken):
                 self._attention = True
 
     def _install_to_the_end(self) -> None:
@@ -303,6 +295,24 @@ class Trampoline:
             self.specialiser.resume()
 
 
+def _under_compile_lock(call: Callable[[], object], wait: bool = False) -> bool:
+    """Make `call` while holding Dynamo's compile lock. False where another thread has it, and nothing was called.
+
+    Args:
+        wait: for the lock.
+    """
+    taken: list[bool] = []
+    try:
+        # C code calls it and keeps the answer: no signal can come in between.
+        taken.extend(map(internals.compile_lock.acquire, (wait,)))
+        if taken[0]:
+            call()
+        return taken[0]
+    finally:
+        if taken and taken[0]:
+            internals.compile_lock.release()
+
+
 def _remarked(install: Callable[[], str], remark: str) -> Callable[[], str]:
     return lambda: "; ".join(filter(None, [install(), remark]))
 
@@ -337,7 +347,7 @@ class Specialiser:
         """A call with the graph's inputs `args` was turned away."""
         taken: list[bool] = []
         try:
-            taken.extend(map(self._busy.acquire, (False,)))  # as in `Trampoline.install`
+            taken.extend(map(self._busy.acquire, (False,)))  # as in `_under_compile_lock`
             if not taken[0]:
                 return
             sizes = self._sizes(args)
