@@ -439,7 +439,8 @@ def draw(figures: Figures, title: str) -> Figure:
         axes.set_ylabel("whole step / stock's")
         axes.legend()
     for axes in figure.axes:
-        axes.tick_params(axis="x", rotation=30)
+        for label in axes.get_xticklabels():
+            label.set(rotation=30, ha="right", rotation_mode="anchor")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     return figure
