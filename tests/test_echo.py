@@ -214,7 +214,7 @@ def test_events_of_the_timeline_begin_and_end_in_each_process(ours: Heard) -> No
 
 PROGRAM = """
     import torch, frame_swap
-    import torch.utils.cpp_extension  # says something where there is a CUDA compiler and no GPU
+    import torch.utils.cpp_extension  # warns where there is a CUDA compiler and no GPU
     torch.compile(lambda x: x.sin() + {new}, backend={backend!r})(torch.randn(8, dtype=torch.{dtype}))
     frame_swap.wait()
 """

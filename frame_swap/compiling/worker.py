@@ -152,6 +152,9 @@ def _import_torch() -> None:
 
         tqdm.set_lock(threading.RLock())
     if not torch.cuda.is_available():
+        # It warns of a CUDA compiler: not while a compile is recorded, or the program would hear that again.
+        import torch.utils.cpp_extension
+
         threading.Thread(target=_probe_cpu, name="frame-swap-probe", daemon=True).start()
 
 
