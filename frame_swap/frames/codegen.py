@@ -71,7 +71,7 @@ def _name(instruction: Instr) -> object:
 
 def _answer_with_none(instructions: Bytecode, at: int) -> None:
     """Leave out a call of the function that the instruction at `at` gets from what the one before it pushed."""
-    end = next(i for i in range(at, len(instructions)) if getattr(instructions[i], "name", "") == "CALL") + 1
+    end = next(i for i in range(at, len(instructions)) if _named(instructions[i], "CALL")) + 1
     call = [i for i in instructions[at - 1 : end] if isinstance(i, Instr)]
     if sum(i.stack_effect() for i in call) == 1:  # or it is not written as we know it, and stays
         none = Instr("LOAD_CONST", None)

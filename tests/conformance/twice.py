@@ -14,8 +14,8 @@ arguments and the generators. So the trampoline's call becomes:
 Values are close where `torch.testing.assert_close` says so with its defaults for the dtype, as PyTorch's own tests
 do. Where they are not, Dynamo's graph runs once more, op by op in double precision, and compiled code may be off
 that by four times what the pair is off, and by the dtype's tolerance of the largest value. Values of graphs that
-draw random numbers are compared only with `fallback_random`, since Inductor's own differ from eager's; those of a
-graph that hands out uninitialised memory are excused.
+draw random numbers are compared only with `fallback_random`, since Inductor's own differ from eager's; those that
+differ of a graph that makes uninitialised memory are excused.
 """
 
 from __future__ import annotations

@@ -331,7 +331,7 @@ def test_another_thread_races_with_the_calls(event: str) -> None:
 
     A reset is not among them: PyTorch itself crashes where one thread resets while another calls ("eager" does).
     """
-    if event == "recompile" and torch.__version__.startswith("2.11."):
+    if event == "recompile" and torch.__version__ < (2, 12):
         pytest.skip("in torch 2.11 a capture in one thread makes calls in others raise, whatever the backend")
     events: dict[str, Callable[[Program], object]] = {
         "delete": lambda p: p.scope.update(marker=type("", (), {})),
