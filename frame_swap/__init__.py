@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("frame_swap_backend", "opt_in"):
-        from .compiling.service import service
+        from .farm.service import service
 
         service.start()
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

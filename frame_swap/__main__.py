@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.command == "repro":
         _repeat(chosen.folder)
         return
-    from .demo import run
+    from .ui.demo import run
 
     run(seconds=chosen.seconds, device=chosen.device)
 

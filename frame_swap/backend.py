@@ -23,25 +23,26 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 
-import guards
-
-from . import internals, settings
+from . import guards, settings
+from .artifacts import artifact
+from .artifacts.wrappers import Compiled
 from .checking import repro
 from .checking.comparison import copy_of_graph
 from .checking.profit import Measurement
 from .checking.trial import Trial
 from .checking.verify import Verification
-from .compiling import artifact, echo, ship
-from .compiling.direct import Compiled
-from .compiling.refusal import first_line
-from .compiling.service import Job, service
-from .compiling.worker import Outcome
-from .frames import FrameGone, codegen
+from .codegen import rewriting
+from .errors import first_line
+from .farm.local.worker import Outcome
+from .farm.service import Job, service
+from .frames import FrameGone
 from .frames.cache_entry import UnknownLayout
 from .frames.call_site import CallSite
-from .pair import trace_pair
+from .internals import dynamo, fake_tensors, inductor, probe
 from .region import FrameSwapWarning, Region, State
-from .trampoline import Offer, Specialiser, Trampoline
+from .serving.pair import trace_pair
+from .serving.trampoline import Offer, Specialiser, Trampoline
+from .shipping import echo, ship
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +69,10 @@ def frame_swap_backend(
     """
     changes = settings.inductor_options(mode, options)
     if settings.disabled() or _unsupported():
-        return internals.stock_inductor(gm, example_inputs, changes)
+        return inductor.stock_inductor(gm, example_inputs, changes)
 
     # 1. Capture
-    frame = internals.captured_frame()
+    frame = dynamo.captured_frame()
     region = Region(frame.code if frame else None, str(gm.meta.get("dynamo_compile_id") or ""))
     with region.captured():
         return _answer(region, frame, gm, example_inputs, changes)
@@ -79,7 +80,7 @@ def frame_swap_backend(
 
 def _answer(
     region: Region,
-    frame: internals.CapturedFrame | None,
+    frame: dynamo.CapturedFrame | None,
     gm: torch.fx.GraphModule,
     example_inputs: list[Any],
     changes: dict[str, Any],
@@ -96,19 +97,19 @@ def _answer(
                 parcel = ship.pack(gm, example_inputs, changes, compile_id)
         except ship.Unshippable as error:
             return _compile_in_foreground(region, str(error), gm, example_inputs, changes)
-        shapes, limit = internals.FrameShapes(example_inputs), internals.recompile_limit()
+        shapes, limit = fake_tensors.FrameShapes(example_inputs), dynamo.recompile_limit()
         graph = copy_of_graph(gm) if settings.current().verify else None
         shipment = _Shipment(
             region, parcel, changes, shapes, limit, settings.current(), graph, ship.has_effects(gm)
         )
-        internals.prepare_cudagraphs(changes)
+        inductor.prepare_cudagraphs(changes)
         job = _submit(shipment, deliver=when != "wait")
 
     # 3. Pair
     try:
         with echo.muted() if when != "never" else contextlib.nullcontext():
             pair = trace_pair(gm, example_inputs)
-    except internals.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
+    except dynamo.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
         region.abandon("Dynamo started the frame over")
         raise
     except Exception as error:
@@ -119,7 +120,7 @@ def _answer(
     # 4. Hook
     trampoline = Trampoline(region, pair, when)
     if frame is not None and "backend_id" in gm.meta:
-        whole = internals.captured_whole(gm)
+        whole = dynamo.captured_whole(gm)
         trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline, whole)
     if when == "wait":
         artifact.prepare()  # while the worker compiles
@@ -133,7 +134,7 @@ class _Shipment(NamedTuple):
     region: Region
     parcel: ship.Parcel
     options: dict[str, Any]
-    shapes: internals.FrameShapes
+    shapes: fake_tensors.FrameShapes
     limit: int  # of compiles for other sizes: as many as Dynamo's recompiles of a frame
     settings: settings.Settings
     graph: torch.fx.GraphModule | None  # Dynamo's, where compiled code is to be verified
@@ -165,7 +166,7 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
 
     # 6. Load
     offer: Offer | None = None
-    with internals.compile_lock:  # Dynamo is done with the frame then: it calls the trampoline
+    with dynamo.compile_lock:  # Dynamo is done with the frame then: it calls the trampoline
         trampoline = region.trampoline
         if trampoline is None:
             region.abandon()
@@ -202,7 +203,7 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
 
 def _late_condition(
     shipment: _Shipment, relations: list[sympy.Basic], trampoline: Trampoline
-) -> codegen.Condition | None:
+) -> rewriting.Condition | None:
     """What must hold of a call's sizes beyond the frame's guards; calls for which it does not, ask for more."""
     region, shapes = shipment.region, shipment.shapes
     relations = guards.undecided(relations, shapes.implies)
@@ -214,7 +215,7 @@ def _late_condition(
         compile_for = functools.partial(_submit, shipment)
         trampoline.specialiser = Specialiser(region, shapes.sizes, compile_for, shipment.limit)
     used = set().union(*(relation.free_symbols for relation in relations))
-    return codegen.Condition(source, {s.name: at for s, at in shapes.symbols.items() if s in used})
+    return rewriting.Condition(source, {s.name: at for s, at in shapes.symbols.items() if s in used})
 
 
 def _trials(shipment: _Shipment) -> Iterator[Trial]:
@@ -243,14 +244,14 @@ def _keep_repro(shipment: _Shipment, arguments: Sequence[Any], difference: str) 
 
 
 def _prepare_install(
-    site: CallSite | None, compiled: Compiled, condition: codegen.Condition | None
+    site: CallSite | None, compiled: Compiled, condition: rewriting.Condition | None
 ) -> Callable[[], str]:
     """Do off the user's thread what can be done there; the rest is for `install`, on the user's."""
     if site is None:
         return lambda: "called outside of a Dynamo frame: a check remains on each call"
     try:
         code = site.rewritten(compiled.call, condition, compiled.boxed, answered=compiled.repeatable)
-    except codegen.Indirect as error:
+    except rewriting.Indirect as error:
         remark = f"{error}: a check remains on each call"
         return lambda: remark
 
@@ -280,7 +281,7 @@ def _compile_in_foreground(
     """Where frame-swap cannot help, do what `torch.compile` would have done, and say why."""
     region.settle(State.FOREGROUND, reason)
     with region.timed("compile_s"):
-        return internals.stock_inductor(gm, example_inputs, changes)
+        return inductor.stock_inductor(gm, example_inputs, changes)
 
 
 @functools.cache
@@ -292,18 +293,18 @@ def _warn_once(remark: str) -> None:
 @functools.cache
 def _unsupported() -> bool:
     """Whether this torch lacks what frame-swap needs; warns once, also of versions it was not tried on."""
-    if internals.MISSING is not None:
+    if probe.missing() is not None:
         warnings.warn(
-            f"frame-swap stands aside: torch {torch.__version__} lacks what it needs ({internals.MISSING}). "
-            f"Compiling with plain stock Inductor; use torch {internals.CHECKED} for background compiles.",
+            f"frame-swap stands aside: torch {torch.__version__} lacks what it needs ({probe.missing()}). "
+            f"Compiling with plain stock Inductor; use torch {probe.CHECKED} for background compiles.",
             FrameSwapWarning,
             stacklevel=2,
         )
         return True
-    if not internals.version_checked():
+    if not probe.version_checked():
         warnings.warn(
             f"frame-swap was not tried on torch {torch.__version__}, but finds all that it needs and goes on; "
-            f"it is tested on torch {internals.CHECKED}. FRAME_SWAP_DISABLE=1 turns it off.",
+            f"it is tested on torch {probe.CHECKED}. FRAME_SWAP_DISABLE=1 turns it off.",
             FrameSwapWarning,
             stacklevel=2,
         )

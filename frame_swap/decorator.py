@@ -7,9 +7,10 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from . import internals, settings
+from . import settings
 from .backend import frame_swap_backend
 from .frames import dispatch
+from .internals import eval_frame
 
 T = TypeVar("T", bound="type[torch.nn.Module] | torch.nn.Module | Callable[..., Any]")
 
@@ -88,7 +89,7 @@ def opt_in(
         if module is not None or (isinstance(target, type) and issubclass(target, torch.nn.Module)):
             # `Module.__call__` prefers `_compiled_call_impl`; on the class it becomes a method of all instances.
             plain = target._call_impl
-            call = internals.traceable(plain, target.forward)
+            call = eval_frame.traceable(plain, target.forward)
             # Where Dynamo has to be led into the call, it does not guard on there being no hooks.
             hooked = torch.nn.Module._call_impl if call is not plain else None
             target._compiled_call_impl = dispatch.module_dispatcher(

@@ -23,7 +23,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .trampoline import Trampoline
+    from .serving.trampoline import Trampoline
 
 
 class State(enum.StrEnum):

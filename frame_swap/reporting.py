@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .region import Region, State, regions, wait_until_settled
-from .trampoline import Trampoline
+from .serving.trampoline import Trampoline
 
 _COLUMNS = (
     "frame",

@@ -13,8 +13,8 @@ import torch
 from bytecode import Bytecode, Instr, Label
 
 import frame_swap
-from frame_swap import internals
-from frame_swap.frames import codegen
+from frame_swap.codegen import rewriting
+from frame_swap.internals import dynamo
 
 
 def assembled(*instructions: tuple[Any, ...] | Label, argnames: tuple[str, ...] = ("x",)) -> CodeType:
@@ -27,7 +27,7 @@ def assembled(*instructions: tuple[Any, ...] | Label, argnames: tuple[str, ...] 
 
 def shortened(code: CodeType) -> tuple[Callable[..., Any], list[str]]:
     """The function, and its instructions but for the first."""
-    new = codegen.call_constants(code, {})
+    new = rewriting.call_constants(code, {})
     return FunctionType(new, {}), [i.opname for i in dis.get_instructions(new)][1:]
 
 
@@ -179,7 +179,7 @@ def test_a_frame_that_is_one_graph_only_loads_calls_and_returns() -> None:
         compiled = torch.compile(f, backend="frame_swap")
         compiled(torch.randn(4))
         frame_swap.wait()
-        (entry,) = internals.cache_entries(f.__code__)
+        (entry,) = dynamo.cache_entries(f.__code__)
         instructions = list(dis.get_instructions(entry.code))
         assert [i.arg for i in instructions if i.opname == "BUILD_LIST"] == [1]
         assert not {"LIST_EXTEND", "DELETE_FAST"} & {i.opname for i in instructions}

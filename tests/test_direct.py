@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import frame_swap
-from frame_swap import State, internals
+from frame_swap import State
+from frame_swap.internals import dynamo
 
 WRAPPERS = re.compile(r"torch/_functorch/_aot_autograd/(runtime_wrappers\.py|.*:codegen\()")
 
@@ -115,7 +116,7 @@ def test_inference_is_called_from_the_frames_own_code() -> None:
         compiled(torch.rand(4))
         frame_swap.wait()
         frame_swap.swap()
-        (entry,) = internals.cache_entries(function.__code__)
+        (entry,) = dynamo.cache_entries(function.__code__)
         (callee, *for_errors) = (constant for constant in entry.code.co_consts if callable(constant))
         assert for_errors == [Exception, frame_swap.report().regions[0].trampoline.answer]
         assert callee.__qualname__ == "Runner.call", "the function that Inductor has generated"

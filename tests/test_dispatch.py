@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import frame_swap
-from frame_swap import State, internals
+from frame_swap import State
 from frame_swap.frames import dispatch
+from frame_swap.internals import dynamo, eval_frame
 
 
 @pytest.fixture(autouse=True)
@@ -292,10 +293,10 @@ def test_a_bound_method_goes_directly() -> None:
 
 def test_each_call_is_a_step_to_cuda_graphs() -> None:
     opted = swapped(f)
-    before = internals.GenerationTracker.generation
+    before = eval_frame.GenerationTracker.generation
     for calls in (1, 2):
         assert is_direct(lambda: opted(torch.ones(3)))
-        assert internals.GenerationTracker.generation == before + calls
+        assert eval_frame.GenerationTracker.generation == before + calls
 
 
 def test_where_dynamo_looks_at_every_frame_it_captures_none_of_ours() -> None:
@@ -356,7 +357,7 @@ def test_a_dead_object_that_the_guards_name_takes_the_entry_along() -> None:
     swap()
     assert is_direct(lambda: opted(torch.ones(3), Scale))
     table = table_of(scaled)
-    (entry,) = internals.cache_entries(scaled.__code__)
+    (entry,) = dynamo.cache_entries(scaled.__code__)
     manager = entry.guard_manager
     del entry
     manager.extra_state.invalidate(manager.cache_entry, type(manager)())

@@ -30,7 +30,7 @@ from torch._logging._internal import trace_log
 
 import frame_swap
 from frame_swap import State, backend
-from frame_swap.compiling import echo
+from frame_swap.shipping import echo
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for two compiles that find all caches empty
 

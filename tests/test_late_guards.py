@@ -21,9 +21,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import adaptive_avg_pool2d
 
 import frame_swap
-from frame_swap import FrameSwapWarning, Region, State, backend, internals
-from frame_swap.compiling import worker
-from frame_swap.trampoline import Trampoline
+from frame_swap import FrameSwapWarning, Region, State, backend
+from frame_swap.farm.local import worker
+from frame_swap.internals import dynamo
+from frame_swap.serving.trampoline import Trampoline
 
 Function = Callable[[Tensor], Any]
 
@@ -134,7 +135,7 @@ def test_the_predicate_is_inline_in_the_rewritten_code() -> None:
 
 
 def _sizes_compared_with() -> list[int]:
-    (entry,) = internals.cache_entries(pool.__code__)
+    (entry,) = dynamo.cache_entries(pool.__code__)
     return [
         instruction.argval
         for loaded, instruction in itertools.pairwise(dis.get_instructions(entry.code))

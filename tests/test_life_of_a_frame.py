@@ -16,8 +16,10 @@ from helpers import codes_called
 from torch._inductor.utils import fresh_cache
 
 import frame_swap
-from frame_swap import FrameSwapWarning, State, backend, internals, pair
+from frame_swap import FrameSwapWarning, State, backend
 from frame_swap.frames import cache_entry
+from frame_swap.internals import dynamo
+from frame_swap.serving import pair
 
 
 def only_region() -> frame_swap.Region:
@@ -26,7 +28,7 @@ def only_region() -> frame_swap.Region:
 
 
 def only_entry(code: CodeType) -> Any:
-    (entry,) = internals.cache_entries(code)
+    (entry,) = dynamo.cache_entries(code)
     return entry
 
 

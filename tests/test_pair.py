@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 import frame_swap
-from frame_swap import pair
+from frame_swap.serving import pair
 
 NOTED: list[tuple[int, int]] = []
 

@@ -22,7 +22,7 @@ from torch.utils._sympy.functions import (
 )
 from torch.utils._sympy.numbers import int_oo
 
-from guards import Inexpressible, source, undecided
+from frame_swap.guards import Inexpressible, source, undecided
 
 Values = Mapping[sympy.Symbol, int]
 

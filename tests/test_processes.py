@@ -88,7 +88,7 @@ def test_workers_start_when_the_backend_is_named_and_not_before(run_program: Any
         import psutil, torch, frame_swap
         before = len(psutil.Process().children())
         torch.compile(lambda x: x, backend="frame_swap")
-        from frame_swap.compiling.service import service
+        from frame_swap.farm.service import service
         print(before, len(service.worker_pids()))
         """
     )

@@ -21,7 +21,8 @@ from torch import Tensor
 
 import frame_swap
 from frame_swap import FrameSwapWarning, Region, State
-from frame_swap.frames import cache_entry, codegen
+from frame_swap.codegen import rewriting
+from frame_swap.frames import cache_entry
 
 Function = Callable[..., Any]
 
@@ -349,8 +350,8 @@ def twice(x: Any, y: Any, manager: Managed) -> Any:
 @pytest.mark.parametrize("boxed", [None, compiled_code_boxed], ids=["arguments", "one list"])
 @pytest.mark.parametrize("frame", [plainly, in_a_try_block, in_a_with_block, twice], ids=lambda f: f.__name__)
 def test_rewritten_code_does_what_the_source_says(frame: FunctionType, boxed: Any) -> None:
-    code = codegen.call_constants(frame.__code__, {"call": called})
-    answered = FunctionType(codegen.call_instead(code, called, compiled_code, boxed, answer), globals())
+    code = rewriting.call_constants(frame.__code__, {"call": called})
+    answered = FunctionType(rewriting.call_instead(code, called, compiled_code, boxed, answer), globals())
     source = FunctionType(frame.__code__, {**globals(), "call": answered_in_source})
     errors = [ValueError(), ZeroDivisionError(), KeyboardInterrupt(), GeneratorExit()]
     for x, y in itertools.product([1, *errors], [2, *errors]):
@@ -376,9 +377,9 @@ def outcome(function: Function, *args: Any) -> Any:
 
 
 def test_nothing_more_runs_where_nothing_raises() -> None:
-    code = codegen.call_constants(in_a_with_block.__code__, {"call": called})
-    plain = codegen.call_instead(code, called, compiled_code, compiled_code_boxed)
-    answered = codegen.call_instead(code, called, compiled_code, compiled_code_boxed, answer)
+    code = rewriting.call_constants(in_a_with_block.__code__, {"call": called})
+    plain = rewriting.call_instead(code, called, compiled_code, compiled_code_boxed)
+    answered = rewriting.call_instead(code, called, compiled_code, compiled_code_boxed, answer)
     assert executed(plain) == executed(answered)
     assert executed(answered, ValueError()) != executed(answered)
 
@@ -408,6 +409,6 @@ def test_what_cannot_be_loaded_twice_is_refused() -> None:
     def frame(x: Any, y: Any) -> Any:
         return call(x, y + 1)  # noqa: F821
 
-    code = codegen.call_constants(frame.__code__, {"call": called})
-    with pytest.raises(codegen.Indirect, match="a second time"):
-        codegen.call_instead(code, called, compiled_code, None, answer)
+    code = rewriting.call_constants(frame.__code__, {"call": called})
+    with pytest.raises(rewriting.Indirect, match="a second time"):
+        rewriting.call_instead(code, called, compiled_code, None, answer)

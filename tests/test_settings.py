@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import frame_swap
-from frame_swap import FrameSwapWarning, State, backend, internals, settings
+from frame_swap import FrameSwapWarning, State, backend, settings
+from frame_swap.internals import probe
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_mode_and_options_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> N
         torch.randn(3)
     )
     torch.compile(lambda x: x.sin() + 3, backend="frame_swap", options={"size_asserts": False})(torch.randn(3))
-    from frame_swap.compiling import ship
+    from frame_swap.shipping import ship
 
     sent = [ship.open_parcel(parcel).options for parcel in parcels]
     assert sent[0]["max_autotune"] is True
@@ -139,7 +140,7 @@ def test_disabled_it_is_stock_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_private_name_it_stands_aside_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     backend._unsupported.cache_clear()
-    monkeypatch.setattr(internals, "MISSING", "cannot import name 'orig_code_map'")
+    monkeypatch.setattr(probe, "_missing", ["cannot import name 'orig_code_map'"])
     x = torch.randn(3)
     try:
         with pytest.warns(FrameSwapWarning, match=r"lacks what it needs .*use torch 2\.11 to 2\.15") as caught:

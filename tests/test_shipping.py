@@ -24,9 +24,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import frame_swap
-from frame_swap import Region, State, internals, region
-from frame_swap.compiling import operators, ship, triton_kernels
-from frame_swap.compiling.process_state import ProcessState
+from frame_swap import Region, State, region
+from frame_swap.internals import dispatcher, inductor
+from frame_swap.shipping import operators, ship, triton_kernels
+from frame_swap.shipping.process_state import ProcessState
 
 SHIPPED: list[Make] = []
 
@@ -483,7 +484,7 @@ def test_a_worker_tunes_kernels_unless_told_not_to() -> None:
         return ProcessState.capture({"cuda"}).configs["inductor"]["triton.autotune_at_compile_time"]
 
     assert tunes()
-    with internals.inductor_config.patch({"triton.autotune_at_compile_time": False}):  # as by the user
+    with inductor.inductor_config.patch({"triton.autotune_at_compile_time": False}):  # as by the user
         assert not tunes()
     assert tunes()  # back at its default, it still counts as changed
 
@@ -805,10 +806,10 @@ def kernel() -> None:
 
 
 def launching(what: object, **constants: Any) -> torch.fx.GraphModule:
-    table = internals.kernel_side_table
+    table = dispatcher.kernel_side_table
     graph = torch.fx.Graph()
     indices = {"kernel_idx": table.add_kernel(what), "constant_args_idx": table.add_constant_args(constants)}
-    graph.call_function(internals.triton_kernel_wrapper_mutation, kwargs={**indices, "grid": [(1, 1, 1)]})
+    graph.call_function(dispatcher.triton_kernel_wrapper_mutation, kwargs={**indices, "grid": [(1, 1, 1)]})
     graph.output(())
     return torch.fx.GraphModule({}, graph)
 
@@ -816,8 +817,8 @@ def launching(what: object, **constants: Any) -> torch.fx.GraphModule:
 def test_a_triton_kernel_is_imported_and_gets_an_index_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = launching(kernel, BLOCK=64)
     sent = pickle.dumps(triton_kernels.kernels_of(gm))
-    table = type(internals.kernel_side_table)()  # a worker's, in which other kernels came first
-    monkeypatch.setattr(internals, "kernel_side_table", table)
+    table = type(dispatcher.kernel_side_table)()  # a worker's, in which other kernels came first
+    monkeypatch.setattr(dispatcher, "kernel_side_table", table)
     table.reset_table()
     table.add_kernel(object())
     table.add_constant_args({})

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from .. import internals
+from ..internals import eager
 
 SETS = 4
 """How many copies have to fit into what memory is left; one may be in double precision."""
@@ -124,9 +124,9 @@ def with_history(leaf: Tensor) -> Tensor:
 
 def _with_bits_of(original: Tensor, tensor: Tensor) -> Tensor:
     if original.is_conj() != tensor.is_conj():
-        tensor = internals.conj(tensor)
+        tensor = eager.conj(tensor)
     if original.is_neg() != tensor.is_neg():
-        tensor = internals.neg_view(tensor)
+        tensor = eager.neg_view(tensor)
     return tensor
 
 
@@ -135,7 +135,7 @@ def _check(tensor: Tensor) -> None:
         raise Uncopyable(f"an argument is a {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise Uncopyable(f"an argument has layout {tensor.layout}")
-    if internals.is_functorch_wrapped_tensor(tensor):
+    if eager.is_functorch_wrapped_tensor(tensor):
         raise Uncopyable("an argument is a tensor of functorch's")
     if tensor.is_quantized or tensor.is_mkldnn:
         raise Uncopyable("an argument is quantized or of MKL-DNN's own layout")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import internals
+from ..internals import eager
 from .arguments import Arguments, wider
 
 Call = Callable[..., Any]
@@ -137,7 +137,7 @@ class Comparison:
             return {}
         graph = self._graph
         if isinstance(graph, torch.fx.GraphModule):
-            graph = internals.in_double(graph)
+            graph = eager.in_double(graph)
         try:
             return observe(graph, Arguments(self._arguments, double=True)).values
         finally:
@@ -145,11 +145,11 @@ class Comparison:
 
 
 def _same(want: Any, have: Any, right: Tensor | None) -> bool:
-    return internals.same(
+    return eager.same(
         want,
         have,
         right,
-        tol=internals.accuracy_tolerance(),
+        tol=eager.accuracy_tolerance(),
         equal_nan=True,
         log_error=lambda *_: None,  # the report says it
     )
@@ -186,14 +186,14 @@ class RandomState:
     """The state of every random number generator that a program might use, as it is now."""
 
     def __init__(self) -> None:
-        with internals.disable_current_modes():
+        with eager.disable_current_modes():
             self._cpu = torch.get_rng_state()
             self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self._python = random.getstate()
 
     def restore(self) -> None:
         """Go back to it."""
-        with internals.disable_current_modes():
+        with eager.disable_current_modes():
             torch.set_rng_state(self._cpu)
             if self._cuda:
                 torch.cuda.set_rng_state_all(self._cuda)

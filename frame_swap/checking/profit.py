@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import internals
+from ..internals import dynamo, eval_frame
 from .trial import Sides, Trial
 
 WARM_UP = 3
@@ -80,7 +80,7 @@ class Measurement(Trial):
         self._samples: dict[str, list[_Sample]] = {"pair": [], "compiled": []}
 
     def call(self, sides: Sides, args: Sequence[Any]) -> Any:
-        if not self._undisturbed() or internals.watched_by_mode():
+        if not self._undisturbed() or eval_frame.watched_by_mode():
             return sides.compiled(*args)
         if not self._turns:
             self._turns = self._random.sample(["pair", "compiled"], 2)
@@ -116,7 +116,7 @@ class Measurement(Trial):
                 sample.backward = self._clock() - start[0]
 
         for function in (enter, leave):
-            internals.skip_frames(function.__code__)
+            dynamo.skip_frames(function.__code__)
         node.register_prehook(enter)
         node.register_hook(leave)
 

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import internals
-from ..compiling import artifact, folders, ship, worker
+from ..artifacts import artifact, folders
+from ..farm.local import worker
+from ..internals import inductor
+from ..shipping import ship
 from .arguments import with_history
 from .comparison import Comparison
 
@@ -84,7 +86,7 @@ def difference(folder: Path) -> str:
     settings = {**opened.state.configs["inductor"], **opened.options}
     with opened.state.applied_to_thread():
         arguments = tuple(_restored(*value) for value in call["values"])
-        same_numbers = settings.get("fallback_random", internals.inductor_config.fallback_random)
+        same_numbers = settings.get("fallback_random", inductor.inductor_config.fallback_random)
         return Comparison(gm, arguments, gm, same_numbers=same_numbers).difference(compiled.call)
 
 

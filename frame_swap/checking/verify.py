@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import internals
+from ..internals import eval_frame
 from .arguments import Uncopyable
 from .comparison import Comparison
 from .trial import Sides, Trial
@@ -54,7 +54,7 @@ class Verification(Trial):
             self._pass("not verified: it has effects, which would happen more than once")
 
     def call(self, sides: Sides, args: Sequence[Any]) -> Any:
-        if self.verdict is None and not internals.watched_by_mode():
+        if self.verdict is None and not eval_frame.watched_by_mode():
             try:
                 self._compare(sides, tuple(args))
             except (Uncopyable, torch.OutOfMemoryError) as error:

@@ -22,7 +22,7 @@ import sysconfig
 from types import CodeType
 from typing import Any
 
-from .. import internals
+from ..internals import dynamo
 from . import FrameGone
 
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
@@ -35,7 +35,7 @@ class UnknownLayout(Exception):
 def find(original: CodeType, *generated: CodeType | None) -> Any | None:
     """The entry of the user's code `original` whose code is one of `generated`; None if it is gone."""
     wanted = [id(code) for code in generated if code is not None]
-    for entry in internals.cache_entries(original):
+    for entry in dynamo.cache_entries(original):
         if id(entry.code) in wanted:
             return entry
     return None
@@ -51,7 +51,7 @@ def replace_code(entry: Any, new: CodeType) -> None:
     field, old = _code_field(entry), entry.code
     if old is None:
         raise FrameGone
-    internals.adopt_code(old, new)
+    dynamo.adopt_code(old, new)
     expected, target, value = id(old), ctypes.byref(field), ctypes.py_object(new)
     # Threads take turns, and signals are looked at, when a call has returned: not between these two lines.
     if field.value == expected:

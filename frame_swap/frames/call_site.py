@@ -20,9 +20,10 @@ from collections.abc import Callable
 from types import CodeType, MethodType
 from typing import Any, Protocol
 
-from .. import internals
-from . import FrameGone, cache_entry, codegen, dispatch
-from .codegen import Condition, Indirect
+from ..codegen import rewriting
+from ..codegen.rewriting import Condition, Indirect
+from ..internals import dynamo
+from . import FrameGone, cache_entry, dispatch
 
 
 class Callee(Protocol):
@@ -59,7 +60,7 @@ class CallSite:
         self._generated: weakref.ref[CodeType] | None = None
         _expected[name] = self
         for method in (type(callee).__call__, type(callee).boxed, type(callee).answer, _raise):
-            internals.skip_frames(method.__code__)
+            dynamo.skip_frames(method.__code__)
         _install_hook()
 
     def rewritten(
@@ -91,8 +92,8 @@ class CallSite:
         if boxed is not None:
             self._in_place_boxed.append(boxed)
         if condition is None:
-            return codegen.call_instead(generated, usual, callee, boxed, answer)
-        return codegen.call_if(generated, condition, usual, callee, answer)
+            return rewriting.call_instead(generated, usual, callee, boxed, answer)
+        return rewriting.call_if(generated, condition, usual, callee, answer)
 
     def redirect(self, code: CodeType) -> None:
         """Put `code`, from `rewritten`, in place of what is there. The caller holds Dynamo's compile lock.
@@ -152,7 +153,7 @@ class CallSite:
         """Whether the global holds our callee, behind nothing but Dynamo's own `disable`."""
         held = self._scope.get(self._name)
         callee = self._callee()
-        return callee is not None and internals.without_disable(held) is callee
+        return callee is not None and dynamo.without_disable(held) is callee
 
 
 def _is_method(constant: object, method: Callable[..., Any]) -> bool:
@@ -173,7 +174,7 @@ _expected: weakref.WeakValueDictionary[str, CallSite] = weakref.WeakValueDiction
 
 @functools.cache
 def _install_hook() -> None:
-    internals.register_bytecode_hook(_on_generated_code)
+    dynamo.register_bytecode_hook(_on_generated_code)
 
 
 def _on_generated_code(code: CodeType, new_code: CodeType) -> CodeType | None:
@@ -181,7 +182,7 @@ def _on_generated_code(code: CodeType, new_code: CodeType) -> CodeType | None:
     sites = {name: site for name, site in named.items() if site._is_direct()}
     if not sites:
         return None
-    trampolining = codegen.call_constants(new_code, {name: site._callee() for name, site in sites.items()})
+    trampolining = rewriting.call_constants(new_code, {name: site._callee() for name, site in sites.items()})
     for site in sites.values():
         site._bind(code, trampolining)
     return trampolining

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from .. import internals
+from ..internals import eval_frame
 
 
 class Direct(NamedTuple):
@@ -106,7 +106,7 @@ class _Table:
             cast(FunctionType, known.full.run).__code__ = code
         elif entry.backend == self._backend and (run := _function(code, self.function)) is not None:
             guards = entry.guard_manager.root
-            reduced = internals.guards_elsewhere(guards, self._module) if self._module else None
+            reduced = eval_frame.guards_elsewhere(guards, self._module) if self._module else None
             alive = weakref.ref(entry, functools.partial(_if_alive, weakref.WeakMethod(self._remove)))
             self.entries += (_Entry(alive, Direct(guards.check, run), reduced and Direct(reduced.check, run)),)
 
@@ -152,8 +152,8 @@ def installed(original: CodeType, entry: Any, code: CodeType) -> None:
 
 def dispatcher(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """What to call in place of `compiled`, which `torch.compile` made of a function or a bound method."""
-    target = internals.compiled_callable(compiled)
-    backend = internals.backend_of(compiled)
+    target = eval_frame.compiled_callable(compiled)
+    backend = eval_frame.backend_of(compiled)
     if backend is None:
         return compiled
     if isinstance(target, FunctionType):
@@ -179,14 +179,14 @@ def module_dispatcher(
         compiled: made of the function, or of `module`'s bound method.
         hooked: what to call with a module that has hooks, if not `compiled`.
     """
-    backend = internals.backend_of(compiled)
+    backend = eval_frame.backend_of(compiled)
     if backend is None:
         return compiled
     ordinary = compiled if module is None else _without_first(compiled)
     forwards: dict[Any, Callable[..., Any]] = {}
 
     def call(self: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        if not internals.only_calls_forward(self):
+        if not eval_frame.only_calls_forward(self):
             return (hooked or ordinary)(self, *args, **kwargs)
         forward = type(self).forward
         dispatch = forwards.get(forward)
@@ -217,7 +217,7 @@ def _without_first(function: Callable[..., Any]) -> Callable[..., Any]:
 def _stand_in(function: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which Dynamo and users take for `compiled`, and which Dynamo does not trace itself."""
     functools.update_wrapper(function, compiled)
-    internals.stand_in(function, compiled)
+    eval_frame.stand_in(function, compiled)
     return function
 
 
@@ -270,8 +270,8 @@ def _dispatch(
     )
     scope: dict[str, Any] = {
         "frame_swap_table": _Table(function, backend, module),
-        "frame_swap_tracker": internals.GenerationTracker,
-        "frame_swap_undisturbed": internals.undisturbed,
+        "frame_swap_tracker": eval_frame.GenerationTracker,
+        "frame_swap_undisturbed": eval_frame.undisturbed,
         "frame_swap_ordinary": ordinary,
     }
     exec(compile(source.replace("@", "frame_swap_"), "<frame-swap>", "exec"), scope)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import frame_swap
+from frame_swap.artifacts import artifact
+from frame_swap.artifacts.wrappers import Compiled
 from frame_swap.checking.arguments import Arguments, Uncopyable
-from frame_swap.compiling import artifact
-from frame_swap.compiling.direct import Compiled
+from frame_swap.internals import dynamo
 
 from . import twice
 
@@ -212,7 +213,7 @@ def test_a_mismatch_names_the_graph_and_does_not_stop_the_call(monkeypatch: pyte
         def off_by_one(*inputs: Any) -> tuple[Any, ...]:
             return (compiled.call(*inputs)[0] + 1,)
 
-        frame_swap.internals.skip_frames(off_by_one.__code__)
+        dynamo.skip_frames(off_by_one.__code__)
         return compiled._replace(call=off_by_one, boxed=None)
 
     monkeypatch.setattr(artifact, "load", load_wrong)

@@ -34,11 +34,12 @@ from torch import Tensor
 from torch._dynamo.eval_frame import _TorchDynamoContext, skip_code
 
 import frame_swap
-from frame_swap import State, backend, internals
+from frame_swap import State, backend
 from frame_swap.checking.arguments import Uncopyable
 from frame_swap.checking.comparison import Comparison, RandomState, copy_of_graph, difference_in_layout, distance
-from frame_swap.pair import trace_pair
-from frame_swap.trampoline import Trampoline
+from frame_swap.internals import dynamo, eval_frame, inductor
+from frame_swap.serving.pair import trace_pair
+from frame_swap.serving.trampoline import Trampoline
 
 mismatches: list[str] = []
 """What was found wrong since it was last cleared; the call goes on, so that a test cannot swallow it."""
@@ -120,14 +121,14 @@ def _call_twice(trampoline: Trampoline, *args: Any) -> Any:
     region.pair_calls += 1
     if trampoline.specialiser is not None:
         trampoline.specialiser.ask(args)
-    if internals.compile_lock._is_owned():  # type: ignore[attr-defined]  # what loads compiled code needs the lock that this thread holds
+    if dynamo.compile_lock._is_owned():  # type: ignore[attr-defined]  # what loads compiled code needs the lock that this thread holds
         counts["not compared: called while Dynamo compiles"] += 1
         return trampoline.pair(*args)
     comparison = None
     try:
-        if internals.watched_by_mode():
+        if eval_frame.watched_by_mode():
             raise Uncopyable("a dispatch mode is active")
-        same_numbers = internals.inductor_config.fallback_random
+        same_numbers = inductor.inductor_config.fallback_random
         graph = getattr(trampoline.pair, "graph", None)
         comparison = StrictComparison(trampoline.pair, args, graph, same_numbers=same_numbers)
     except Uncopyable as error:

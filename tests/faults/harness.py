@@ -21,7 +21,7 @@ import torch
 
 import frame_swap
 from frame_swap import FrameSwapWarning, Region, State, backend
-from frame_swap.compiling import pool, worker
+from frame_swap.farm.local import pool, worker
 
 from . import VARIABLE, Fault, inject
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from frame_swap.compiling import worker
+from frame_swap.farm.local import worker
 
 from . import VARIABLE, Fault
 
@@ -51,11 +51,12 @@ def initialize(*args: Any) -> None:
         file.write(content[half:])
 
     def arm_imported() -> None:
-        from frame_swap import internals
-        from frame_swap.compiling import artifact
+
+        from frame_swap.artifacts import artifact
+        from frame_swap.internals import inductor
 
         if fault.when == "compiling":
-            precede(internals, "stock_inductor", strike)
+            precede(inductor, "stock_inductor", strike)
         elif fault.when == "loading":
             precede(artifact, "load", strike)
         elif fault.when == "packing":
@@ -149,7 +150,7 @@ def finds_the_disk_full() -> None:
 
 def libraries_crash_when_loaded() -> None:
     """Those of the compile that is being packed."""
-    from frame_swap.compiling import artifact
+    from frame_swap.artifacts import artifact
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "crash.c")

@@ -17,7 +17,8 @@ import torch
 
 import frame_swap
 from frame_swap import State, backend
-from frame_swap.compiling import artifact, worker
+from frame_swap.artifacts import artifact
+from frame_swap.farm.local import worker
 
 from .harness import survives
 

@@ -18,7 +18,7 @@ from faults.moments import HANG
 
 PENDING = """
     import os, sys, time, torch, frame_swap
-    from frame_swap.compiling.service import service
+    from frame_swap.farm.service import service
     compiled = torch.compile(lambda x: (x.sin() @ x).relu(), backend="frame_swap")
     compiled(torch.randn(32, 32))
     assert [str(r.state) for r in frame_swap.report().regions] == ["pending"]

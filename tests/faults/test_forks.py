@@ -18,9 +18,12 @@ PROGRAM = """
     import torch
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     import frame_swap
-    from frame_swap import internals, region
-    from frame_swap.compiling import artifact, pool, ship
-    from frame_swap.compiling.service import Service, service
+    from frame_swap.internals import dynamo
+    from frame_swap import region
+    from frame_swap.artifacts import artifact
+    from frame_swap.farm.local import pool
+    from frame_swap.shipping import ship
+    from frame_swap.farm.service import Service, service
     from frame_swap.frames import cache_entry
 
     def f(x):
@@ -162,7 +165,7 @@ def test_a_fork_waits_for_the_compile_lock(run_program: Any) -> None:
         reached, pause = threading.Event(), threading.Lock()
         pause.acquire()
         def capture():
-            with internals.compile_lock:
+            with dynamo.compile_lock:
                 reached.set()
                 pause.acquire()  # C code: nothing runs between it and the release of the compile lock
         in_background(capture)

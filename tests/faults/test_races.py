@@ -20,9 +20,11 @@ import torch
 
 import frame_swap
 from faults.moments import HANG, Canned, InBackground, Moment, interrupted
-from frame_swap import State, backend, internals, region
-from frame_swap.compiling import artifact, ship
+from frame_swap import State, backend, region
+from frame_swap.artifacts import artifact
 from frame_swap.frames import cache_entry
+from frame_swap.internals import dynamo
+from frame_swap.shipping import ship
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
@@ -147,7 +149,7 @@ def about_to_install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Program]:
 @contextlib.contextmanager
 def installing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Program]:
     """Another thread's call has just checked the entry, and is about to write."""
-    with _installing(monkeypatch, internals, "adopt_code", after=True) as program:
+    with _installing(monkeypatch, dynamo, "adopt_code", after=True) as program:
         yield program
 
 
@@ -314,7 +316,7 @@ def test_an_interrupt_where_the_first_call_waits(monkeypatch: pytest.MonkeyPatch
 
 def assert_nothing_is_held() -> None:
     def take_all() -> None:
-        for lock in (internals.compile_lock, region._lock, backend.service._lock):
+        for lock in (dynamo.compile_lock, region._lock, backend.service._lock):
             assert lock.acquire(timeout=HANG)
             lock.release()
 

@@ -14,7 +14,8 @@ import torch
 
 import frame_swap
 from faults.moments import HANG, InBackground, stall_detector
-from frame_swap import State, backend, region, trampoline
+from frame_swap import State, backend, region
+from frame_swap.serving import trampoline
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 

@@ -14,7 +14,7 @@ import torch
 
 import frame_swap
 from frame_swap import State, backend
-from frame_swap.compiling import folders, libraries
+from frame_swap.artifacts import folders, libraries
 
 from .harness import fresh_workers, one_warning, works
 

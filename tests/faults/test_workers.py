@@ -139,8 +139,8 @@ def test_what_nobody_wants_any_more_is_not_tried_again(faulty: Callable[..., Fau
 
 RETRYING = """
     import os, pathlib, threading, torch, frame_swap
-    from frame_swap.compiling import worker
-    from frame_swap.compiling.service import service
+    from frame_swap.farm.local import worker
+    from frame_swap.farm.service import service
     from faults import inject
     worker.initialize = inject.initialize
     torch.set_num_threads(1)  # OpenMP does not survive a fork

@@ -44,9 +44,9 @@ import loky
 import psutil
 from loky import process_executor
 
-from .. import forks
+from ...errors import first_line
+from ...runtime import forks
 from . import worker
-from .refusal import first_line
 
 NICENESS = 2
 """How far workers and their compilers stand back behind the program. Where they have a core of their own it does

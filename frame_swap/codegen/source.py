@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import torch
 
-from . import internals
+from ..internals import dynamo, eager
 
 
-def function(source: str, **scope: Any) -> Callable[..., Any]:
+def compile_function(source: str, **scope: Any) -> Callable[..., Any]:
     """The one function that `source` defines, with `scope` as its globals.
 
     Its code object is its own; Dynamo is told not to trace it, nor anything below it.
@@ -20,7 +20,7 @@ def function(source: str, **scope: Any) -> Callable[..., Any]:
     exec(compile(source, "<frame-swap>", "exec"), scope)
     (name,) = set(scope) - before - {"__builtins__"}
     made = scope.pop(name)  # or it would keep itself alive
-    internals.skip_frames(made.__code__)
+    dynamo.skip_frames(made.__code__)
     return cast("Callable[..., Any]", made)
 
 
@@ -50,7 +50,7 @@ class Source:
 
     def without_autocast(self) -> contextlib.AbstractContextManager[None]:
         """What is written meanwhile runs without autocast: its casts are in the graph."""
-        return self.block("with no_autocast():", no_autocast=internals.no_autocast)
+        return self.block("with no_autocast():", no_autocast=eager.no_autocast)
 
     @contextlib.contextmanager
     def switched(self, name: str, get: Callable[[], bool], set: Callable[[bool], None], to: bool) -> Iterator[None]:
@@ -64,4 +64,4 @@ class Source:
 
     def function(self) -> Callable[..., Any]:
         """The function."""
-        return function("\n".join(self._lines) + "\n", **self._scope)
+        return compile_function("\n".join(self._lines) + "\n", **self._scope)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from bytecode import Bytecode, Instr, Label
 from bytecode.instr import TryBegin, TryEnd
 
-from .. import generated
+from .source import compile_function
 
 Answer = Callable[..., Any]
 """Given the exception that a call raised and that call's arguments, returns what the call is to return."""
@@ -423,4 +423,4 @@ def _find(instructions: Bytecode, matches: Callable[[Instr], bool]) -> list[int]
 def predicate(condition: Condition) -> Callable[..., bool]:
     """A function of the graph's inputs that says whether `condition` holds: for where it cannot stand inline."""
     inputs = "".join(f"    {name} = args[{which}]\n" for name, which in condition.inputs.items())
-    return generated.function(f"def fits(*args):\n{inputs}    return {condition.source}\n")
+    return compile_function(f"def fits(*args):\n{inputs}    return {condition.source}\n")

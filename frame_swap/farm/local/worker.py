@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from .refusal import first_line
+from ...errors import first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _import_torch() -> None:
     import torch._dynamo
     import torch._inductor.compile_fx
 
-    from . import folders
+    from ...artifacts import folders
 
     folders.keep_temporary_files_in(_folder)
     with contextlib.suppress(ImportError):
@@ -180,7 +180,7 @@ def _probe_cpu() -> None:
     # time on a machine. They overlap with the tracing of the first graph if they begin now.
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    from . import folders
+    from ...artifacts import folders
 
     # No compiler, or a full disk, or a cache that is not to be used: the compile itself will say so.
     with contextlib.suppress(Exception):
@@ -282,15 +282,16 @@ def _advice(failure: BaseException) -> str:
 def _compile(
     parcel: bytes, sizes: dict[str, int], keep_echo: Callable[[bytes], None], remarks: list[str]
 ) -> tuple[bytes, bytes]:
-    from .. import internals
-    from . import artifact, echo, folders, libraries, ship
+    from ...artifacts import artifact, folders, libraries
+    from ...internals import dynamo, fake_tensors, inductor
+    from ...shipping import echo, ship
 
     graph, state, options, compile_id, definitions, triton_kernels = ship.open_parcel(parcel)
     state.extend_search_path()
     if definitions is not None:
         definitions.install()
     # The lock is free in a worker; in an executor of threads it keeps Dynamo out while configs are patched.
-    with internals.compile_lock, state.applied_to_process(), folders.safe_caches() as warned:
+    with dynamo.compile_lock, state.applied_to_process(), folders.safe_caches() as warned:
         remarks += warned
         if _folder:
             os.environ["TMPDIR"] = _folder  # restored with what else the program's environment has changed
@@ -300,16 +301,16 @@ def _compile(
             triton_kernels.register(gm)
         shapes = fake_mode.shape_env
         known = len(shapes.guards)
-        context = internals.CompileContext(internals.CompileId.from_string(compile_id))
+        context = fake_tensors.CompileContext(fake_tensors.CompileId.from_string(compile_id))
         with (
             echo.recorded(state.audience, keep_echo),
             libraries.recorded() as kernels,
             _constants_pickled_for_real(),
-            internals.compile_context(context),
-            internals.tracing(internals.TracingContext(fake_mode)),
-            internals.backward_before_forward(),
-            internals.inductor_config.patch(force_disable_caches=False),
-            internals.functorch_config.patch(
+            fake_tensors.compile_context(context),
+            fake_tensors.tracing(fake_tensors.TracingContext(fake_mode)),
+            inductor.backward_before_forward(),
+            inductor.inductor_config.patch(force_disable_caches=False),
+            inductor.functorch_config.patch(
                 enable_autograd_cache=True,
                 strict_autograd_cache=True,
                 bypass_autograd_cache_key=True,
@@ -318,7 +319,7 @@ def _compile(
                 force_autograd_cache=True,
             ),
         ):
-            compiled: Any = internals.stock_inductor(gm, inputs, options)
+            compiled: Any = inductor.stock_inductor(gm, inputs, options)
             entry = compiled.serialize()
         late = [guard.expr for guard in shapes.guards[known:]]
         packed = artifact.pack(entry, kernels)
@@ -334,11 +335,11 @@ def _constants_pickled_for_real() -> Iterator[None]:
     let it copy those that are on a GPU."""
     import torch
 
-    from .. import internals
+    from ...internals import fake_tensors
 
     def for_real(reduce: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def reduce_for_real(storage: Any) -> Any:
-            with internals.unset_fake_temporarily():
+            with fake_tensors.unset_fake_temporarily():
                 return reduce(storage)
 
         return reduce_for_real

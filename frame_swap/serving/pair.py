@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from functorch.compile import default_partition  # type: ignore[import-untyped]
 
-from . import internals
-from .compiling.service import service
+from ..farm.service import service
+from ..internals import aot, fake_tensors
 
 Boxed = Callable[[list[Any]], Any]
 
@@ -29,7 +29,7 @@ def trace_pair(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[
 
     Returns a callable that takes the graph's inputs and returns the tuple of its outputs.
     """
-    trace = internals.aot_autograd(
+    trace = aot.aot_autograd(
         fw_compiler=_eager,
         bw_compiler=_eager_backward,
         partition_fn=default_partition,
@@ -49,7 +49,7 @@ def _eager(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
     Graphs with convolutions keep their threads: whether there is more than one decides which of PyTorch's
     backends a convolution runs on, and so the layout of its output.
     """
-    run: Boxed = _uncounted_changes(gm, internals.boxed_nop(gm, example_inputs))
+    run: Boxed = _uncounted_changes(gm, aot.boxed_nop(gm, example_inputs))
     if any("convolution" in str(node.target) for node in gm.graph.nodes):
         return run
 
@@ -72,7 +72,7 @@ def _eager(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
 
 def _eager_backward(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
     """Run op by op, the backward overwrites nothing that is saved: it may be called again."""
-    context = internals.TracingContext.try_get()
+    context = fake_tensors.TracingContext.try_get()
     if context is not None and context.fw_metadata is not None:
         context.fw_metadata.bw_donated_idxs = []
     return _eager(gm, example_inputs)

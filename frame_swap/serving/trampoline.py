@@ -34,15 +34,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import internals, settings
-from .checking.trial import Sides, Trial
-from .compiling.direct import Compiled, had_effects
-from .compiling.refusal import first_line
-from .frames import FrameGone
-from .frames.cache_entry import UnknownLayout
-from .frames.call_site import CallSite
-from .frames.codegen import Condition, Indirect, predicate
-from .region import SETTLED, Region, State
+from .. import settings
+from ..artifacts.wrappers import Compiled, had_effects
+from ..checking.trial import Sides, Trial
+from ..codegen.rewriting import Condition, Indirect, predicate
+from ..errors import first_line
+from ..frames import FrameGone
+from ..frames.cache_entry import UnknownLayout
+from ..frames.call_site import CallSite
+from ..internals import aot, dynamo
+from ..region import SETTLED, Region, State
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Trampoline:
                 or not served.repeatable
                 or had_effects(error)
                 or isinstance(error, torch.OutOfMemoryError)  # the pair needs more; who catches it tries with less
-                or internals.runs_hooks()  # theirs, perhaps: activation checkpointing ends a recomputation so
+                or aot.runs_hooks()  # theirs, perhaps: activation checkpointing ends a recomputation so
             ):
                 raise error
             log.info("frame-swap: compiled code of %s raised", self._region, exc_info=error)
@@ -304,13 +305,13 @@ def _under_compile_lock(call: Callable[[], object], wait: bool = False) -> bool:
     taken: list[bool] = []
     try:
         # C code calls it and keeps the answer: no signal can come in between.
-        taken.extend(map(internals.compile_lock.acquire, (wait,)))
+        taken.extend(map(dynamo.compile_lock.acquire, (wait,)))
         if taken[0]:
             call()
         return taken[0]
     finally:
         if taken and taken[0]:
-            internals.compile_lock.release()
+            dynamo.compile_lock.release()
 
 
 def _remarked(install: Callable[[], str], remark: str) -> Callable[[], str]:

@@ -20,8 +20,8 @@ from unittest import mock
 
 import torch
 
-from .. import generated, internals
-from ..generated import Source
+from ..codegen.source import Source, compile_function
+from ..internals import aot, dynamo, eager, inductor
 
 Boxed = Callable[[list[Any]], Any]
 """Takes one list of the graph's inputs, which it empties."""
@@ -75,7 +75,7 @@ class Replacement:
 
         def replace(wrapper: Any, compiled: Boxed, aot_config: Any, *, runtime_metadata: Any) -> Boxed:
             made = _Graph(self._entry, wrapper, compiled, aot_config, runtime_metadata).compiled(self._grad)
-            boxed = made.boxed or generated.function("def boxed(args):\n    return call(*args)\n", call=made.call)
+            boxed = made.boxed or compile_function("def boxed(args):\n    return call(*args)\n", call=made.call)
             self._made = boxed, made
             return boxed
 
@@ -84,10 +84,10 @@ class Replacement:
                 return compiled
             return wrap_rng(wrapper, compiled, aot_config, runtime_metadata=runtime_metadata)
 
-        wrap_rng = internals.FunctionalizedRngRuntimeWrapper.post_compile
+        wrap_rng = aot.FunctionalizedRngRuntimeWrapper.post_compile
         with (
-            _on_this_thread(internals.RuntimeWrapper, replace),
-            _on_this_thread(internals.FunctionalizedRngRuntimeWrapper, leave_out),
+            _on_this_thread(aot.RuntimeWrapper, replace),
+            _on_this_thread(aot.FunctionalizedRngRuntimeWrapper, leave_out),
         ):
             yield
 
@@ -177,10 +177,10 @@ class _Graph:
         self._before(text)
         with contextlib.ExitStack() as stack:
             if grad is not self._trains:
-                switch = torch.is_grad_enabled, internals.set_grad_enabled
+                switch = torch.is_grad_enabled, eager.set_grad_enabled
                 stack.enter_context(text.switched("grad", *switch, self._trains))
             if self._trains and self._returns_views():
-                switch = internals.is_view_replay_enabled, internals.set_view_replay_enabled
+                switch = eager.is_view_replay_enabled, eager.set_view_replay_enabled
                 stack.enter_context(text.switched("view_replay", *switch, True))
             if not self._trains:
                 stack.enter_context(self._autocast_off(text))
@@ -197,7 +197,7 @@ class _Graph:
 
     def _returns_views(self) -> bool:
         """Whether views made by compiled code may come out of it: autograd is to know how they were made."""
-        changed, plain = self._metadata.mutated_inp_runtime_indices, internals.OutputType.non_alias
+        changed, plain = self._metadata.mutated_inp_runtime_indices, aot.OutputType.non_alias
         return bool(changed) or any(info.output_type is not plain for info in self._metadata.output_info)
 
     def _before(self, text: Source) -> None:
@@ -212,7 +212,7 @@ class _Graph:
             text(f"if isinstance(args[{at}], Tensor): args[{at}] = args[{at}].detach()")
 
     def _needed_afterwards(self) -> list[int]:
-        of_inputs = (internals.OutputType.alias_of_input, internals.OutputType.is_input)
+        of_inputs = (aot.OutputType.alias_of_input, aot.OutputType.is_input)
         bases = {o.base_idx for o in self._metadata.output_info if o.output_type in of_inputs}
         return sorted(bases.union(self._metadata.mutated_inp_runtime_indices))
 
@@ -252,11 +252,11 @@ class _Graph:
             if metadata.dynamic_outputs and info.dynamic_dims is not None:
                 self._mark_dynamic(text, f"outs[{at}]", info.dynamic_dims)
         if metadata.grad_enabled_mutation is not None:
-            text(f"set_grad_enabled({metadata.grad_enabled_mutation})", set_grad_enabled=internals.set_grad_enabled)
+            text(f"set_grad_enabled({metadata.grad_enabled_mutation})", set_grad_enabled=eager.set_grad_enabled)
 
     def _output(self, text: Source, at: int) -> str:
         """The expression for output `at`: as compiled code returned it, or a view made anew of its base."""
-        metadata, Kind = self._metadata, internals.OutputType
+        metadata, Kind = self._metadata, aot.OutputType
         info = metadata.output_info[at]
         match info.output_type:
             case Kind.is_input:
@@ -272,8 +272,8 @@ class _Graph:
             case _:
                 return f"outs[{at}]"
         view = f"outs[{at}]{'.alias' if self._trains else ''}"
-        replay = internals.functorch_config.view_replay_for_aliased_outputs
-        text.names(**{"view_of": internals.gen_alias_from_base, f"views{at}": info.view_meta_sequence})
+        replay = inductor.functorch_config.view_replay_for_aliased_outputs
+        text.names(**{"view_of": aot.gen_alias_from_base, f"views{at}": info.view_meta_sequence})
         return f"view_of({base}, {view}, {info.requires_grad}, views{at}, replay_views={replay})"
 
     # Forward and backward
@@ -297,13 +297,13 @@ class _Graph:
         """
         if donated := self._metadata.bw_donated_idxs:
             self._metadata.bw_donated_idxs = []  # no error then
-            graph = internals.without_disable(function.compiled_bw)
-            graph.current_callable = generated.function(
+            graph = dynamo.without_disable(function.compiled_bw)
+            graph.current_callable = compile_function(
                 "def boxed(args):\n    return call(copied(args, donated) if keeps_graph() else args)\n",
                 call=graph.current_callable,
                 copied=_copied,
                 donated=tuple(donated),
-                keeps_graph=internals.keeps_graph,
+                keeps_graph=aot.keeps_graph,
             )
 
     def _not_generated(self) -> tuple[str, ...]:
@@ -312,7 +312,7 @@ class _Graph:
             "effects in the backward": metadata.num_backward_tokens,
             "RNG states": metadata.num_graphsafe_rng_states,
             "compiled autograd's state": backward.backward_state_indices,
-            "streams": internals.has_external_objects(),
+            "streams": aot.has_external_objects(),
             "tangents of unknown layout": any(
                 getattr(meta, "memory_format", None) is None for meta in metadata.subclass_tangent_meta
             ),
@@ -368,7 +368,7 @@ class _Graph:
             text("ctx._materialize_non_diff_grads = False")
         for at in told:  # no outputs for autograd: they tell of an input's layout, or of a view to be made anew
             outs[at] = f"TensorAlias({outs[at]})"
-        text(f"return {_tuple(outs)}", TensorAlias=internals.TensorAlias)
+        text(f"return {_tuple(outs)}", TensorAlias=aot.TensorAlias)
         return text.function()
 
     def _saved(self) -> tuple[list[str], ...]:
@@ -391,10 +391,10 @@ class _Graph:
         text = Source(f"backward(ctx, {star}grads)", call=inductors(function.compiled_bw), rare=function.backward)
         seldom = {
             "is_grad_enabled()": torch.is_grad_enabled,
-            "interpreters() is not None": internals.peek_interpreter_stack,
+            "interpreters() is not None": aot.peek_interpreter_stack,
         }
         if metadata.deterministic is False:
-            seldom["deterministic()"] = internals.deterministic_algorithms
+            seldom["deterministic()"] = eager.deterministic_algorithms
         scope = {condition.partition("(")[0]: check for condition, check in seldom.items()}
         plain = [f"type(grads[{at}]) is not Tensor" for at in tangents]
         with text.block(f"if {' or '.join([*seldom, *plain])}:", **scope):
@@ -415,17 +415,17 @@ class _Graph:
             self._lay_out(text, f"args[{at}]", f"layout{-at}", meta.memory_format)
         text("ctx.maybe_clear_saved_tensors()")
         with self._autocast_off(text):
-            if set(getattr(internals.without_disable(function.compiled_bw), "device_types", ())) <= {"cpu"}:
+            if set(getattr(dynamo.without_disable(function.compiled_bw), "device_types", ())) <= {"cpu"}:
                 text("return tuple(call(args))")
             else:  # on a thread of the engine's: with the context variables of the one that called it
-                lookup: dict[str, Any] = {"there": internals.is_thread_local, "get": internals.thread_local}
+                lookup: dict[str, Any] = {"there": eager.is_thread_local, "get": eager.thread_local}
                 text('context = get("context") if there("context") else None', **lookup)
                 text("return tuple(call(args) if context is None else context.copy().run(call, args))")
         return text.function()
 
     def _tangents(self) -> list[int]:
         """Which of the gradients that autograd passes the backward takes."""
-        metadata, Kind = self._metadata, internals.OutputType
+        metadata, Kind = self._metadata, aot.OutputType
         own = (Kind.non_alias, Kind.unsafe_view_alias, Kind.custom_function_view)
         changed = [metadata.input_info[which] for which in metadata.mutated_inp_runtime_indices]
         taken = [at for at, info in enumerate(changed) if info.mutates_data and info.requires_grad]
@@ -446,30 +446,30 @@ class _Graph:
             same = f"{tangent}.stride() == {tuple(layout.stride)} and {tangent}.shape == {tuple(layout.size)}"
             text(
                 f"if not ({same}): {tangent} = laid_out({tangent}, {name})",
-                **{"laid_out": internals.coerce_to_expected_memory_format, name: layout},
+                **{"laid_out": aot.coerce_to_expected_memory_format, name: layout},
             )
 
     def _mark_dynamic(self, text: Source, tensor: str, dims: set[int]) -> None:
         """Tell Dynamo, for when the tensor enters another graph, which of its sizes vary."""
-        text(f"mark_dynamic({tensor}, {set(dims)})", mark_dynamic=internals.mark_dynamic)
+        text(f"mark_dynamic({tensor}, {set(dims)})", mark_dynamic=aot.mark_dynamic)
 
 
 def inductors(compiled: Any) -> Boxed:
     """Inductor's generated function, out of what it came in."""
     from torch._inductor.output_code import CompiledFxGraph
 
-    graph = internals.without_disable(compiled)
+    graph = dynamo.without_disable(compiled)
     call: Any = graph.current_callable if isinstance(graph, CompiledFxGraph) else graph
     if call is graph or not hasattr(call, "__code__") or getattr(graph.compiled_fn_runner, "partitions", None):
         # The object deletes its runner's partitions when it goes: it has to live as long as what calls them.
-        return generated.function("def boxed(args):\n    return call(args)\n", call=call, owner=graph)
+        return compile_function("def boxed(args):\n    return call(args)\n", call=call, owner=graph)
     graph.compiled_fn_runner = None
-    internals.skip_frames(call.__code__)
+    dynamo.skip_frames(call.__code__)
     return call  # type: ignore[no-any-return]
 
 
 def _unboxed(call: Boxed) -> Callable[..., Any]:
-    return generated.function("def compiled_graph(*args):\n    return call(list(args))\n", call=call)
+    return compile_function("def compiled_graph(*args):\n    return call(list(args))\n", call=call)
 
 
 def _tuple(names: Sequence[str]) -> str:
@@ -485,7 +485,7 @@ def _views_detached(saved: Sequence[torch.Tensor], graph_inputs: Sequence[bool])
 def _copied(args: list[Any], which: Sequence[int]) -> list[Any]:
     """The same list, with copies of some of its tensors."""
     for at in which:
-        args[at] = internals.clone_preserve_strides(args[at])  # type: ignore[no-untyped-call]
+        args[at] = eager.clone_preserve_strides(args[at])  # type: ignore[no-untyped-call]
     return args
 
 

@@ -18,11 +18,11 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule
 
-from .. import internals
+from ..errors import Unshippable, first_line
+from ..internals import aot, dispatcher, eager, fake_tensors, inductor
 from . import operators, triton_kernels
 from .operators import Definitions
 from .process_state import ProcessState
-from .refusal import Unshippable, first_line
 from .triton_kernels import Kernels
 
 __all__ = ["Opened", "Parcel", "Unshippable", "has_effects", "open_parcel", "pack", "unpack_graph"]
@@ -58,7 +58,7 @@ def pack(
     Raises:
         Unshippable: with the reason.
     """
-    if internals.saving_is_traced():
+    if aot.saving_is_traced():
         raise Unshippable("hooks on saved tensors that are graphs themselves become a part of it")
     try:
         custom = _check_graph(gm)
@@ -67,9 +67,9 @@ def pack(
         _check_options(state.configs | {"options": options})
         definitions = operators.definitions(custom) if custom else None
         kernels = triton_kernels.kernels_of(gm)
-        with_lines = state.audience.reads_code or internals.asks_for_cudagraphs(options)
+        with_lines = state.audience.reads_code or inductor.asks_for_cudagraphs(options)
         bare = _bare(gm, inputs, with_lines=with_lines)
-        graph = _pickler().dumps((bare, inputs), internals.GraphPicklerOptions(ops_filter=None))
+        graph = _pickler().dumps((bare, inputs), fake_tensors.GraphPicklerOptions(ops_filter=None))
         return Parcel(pickle.dumps(Opened(graph, state, options, compile_id, definitions, kernels)), state)
     except Unshippable:
         raise
@@ -89,8 +89,8 @@ def unpack_graph(graph: bytes, sizes: Mapping[str, int]) -> tuple[GraphModule, l
     Args:
         sizes: by the names of their symbols, where they are to differ from what the frame was traced with.
     """
-    mode = internals.FakeTensorMode(shape_env=_shape_env(sizes))
-    opened: Any = internals.GraphPickler.loads(graph, mode)
+    mode = fake_tensors.FakeTensorMode(shape_env=_shape_env(sizes))
+    opened: Any = fake_tensors.GraphPickler.loads(graph, mode)
     gm, inputs = opened
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
@@ -105,7 +105,7 @@ def unpack_graph(graph: bytes, sizes: Mapping[str, int]) -> tuple[GraphModule, l
 
 
 def _shape_env(sizes: Mapping[str, int]) -> Any:
-    class ShapeEnv(internals.ShapeEnv):
+    class ShapeEnv(fake_tensors.ShapeEnv):
         """Unpickling a graph fills its attributes in: this one is where hints come from."""
 
         def __setattr__(self, name: str, value: Any) -> None:
@@ -126,7 +126,7 @@ def _with_item(unpickle: Callable[..., Any], arguments: tuple[Any, ...], item: A
 
 def _symbolic_number(kind: type, expr: sympy.Expr, shape_env: Any, pytype: type) -> Any:
     """Unpickle a SymInt, or its like; its hint is the one that `shape_env` has."""
-    return kind(internals.SymNode(expr, shape_env, pytype, None))
+    return kind(fake_tensors.SymNode(expr, shape_env, pytype, None))
 
 
 def _check_graph(gm: GraphModule) -> list[OpOverload]:
@@ -157,7 +157,7 @@ _COLLECTIVE = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "symm_me
 def has_effects(gm: GraphModule) -> bool:
     """Whether a call of the graph does more than compute outputs and change inputs, in an order that is kept."""
     modules = (module for module in gm.modules() if isinstance(module, GraphModule))
-    return any(internals.has_effects(node.target) for module in modules for node in module.graph.nodes)
+    return any(dispatcher.has_effects(node.target) for module in modules for node in module.graph.nodes)
 
 
 def _has_tensors(module: torch.nn.Module) -> bool:
@@ -193,11 +193,11 @@ def _fake_input(value: Any) -> Any:
         raise Unshippable(f"an input is a {type(value).__name__}")
     if value.layout is not torch.strided:
         raise Unshippable(f"an input has layout {value.layout}")
-    if internals.is_traceable_wrapper_subclass(value):
+    if eager.is_traceable_wrapper_subclass(value):
         _check_subclass(type(value))
-    tracing = internals.TracingContext.try_get()
-    mode = (tracing and tracing.fake_mode) or internals.detect_fake_mode([value])
-    if internals.is_fake(value):
+    tracing = fake_tensors.TracingContext.try_get()
+    mode = (tracing and tracing.fake_mode) or fake_tensors.detect_fake_mode([value])
+    if fake_tensors.is_fake(value):
         return value
     if mode is None or tracing is None:
         raise Unshippable("called outside of Dynamo with real inputs")
@@ -247,7 +247,7 @@ def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None, *, with_lines: b
 
 @functools.cache
 def _pickler() -> Any:
-    class Pickler(internals.GraphPickler):
+    class Pickler(fake_tensors.GraphPickler):
         """`GraphPickler`, for every fake tensor and every symbolic number.
 
         It forgets that a view's base and a parameter's `.grad` carry the FakeTensorMode too, which does not
@@ -260,12 +260,12 @@ def _pickler() -> Any:
             if isinstance(obj, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 node = obj.node
                 return _symbolic_number, (type(obj), node._expr, node.shape_env, node.pytype)
-            if isinstance(obj, torch.Tensor) and internals.is_traceable_wrapper_subclass(obj):
+            if isinstance(obj, torch.Tensor) and eager.is_traceable_wrapper_subclass(obj):
                 names, context = obj.__tensor_flatten__()
                 parts = {name: getattr(obj, name) for name in names}
                 return _join, (type(obj), parts, context, obj.shape, obj.stride(), obj.requires_grad)
             reduced: tuple[Callable[..., Any], tuple[Any, ...]] = super().reducer_override(obj)
-            if isinstance(obj, internals.FakeTensor):
+            if isinstance(obj, fake_tensors.FakeTensor):
                 described = reduced[1][0]
                 base = described.metadata.base
                 described.metadata = dataclasses.replace(

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from .. import internals
-from .refusal import Unshippable, first_line
+from ..errors import Unshippable, first_line
+from ..internals import dispatcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Kernels:
 
     def register(self, gm: GraphModule) -> None:
         """In a worker: import the kernels, and have `gm` refer to this process's table."""
-        table = internals.kernel_side_table
+        table = dispatcher.kernel_side_table
         kernels = {index: table.add_kernel(imported(*name)) for index, name in self.kernels.items()}
         constants = {index: table.add_constant_args(pickle.loads(c)) for index, c in self.constants.items()}
         for node, index, arguments in _launches(gm):
@@ -47,7 +47,7 @@ def kernels_of(gm: GraphModule) -> Kernels | None:
     Raises:
         Unshippable: a kernel cannot be imported, or a constant cannot be pickled.
     """
-    table = internals.kernel_side_table
+    table = dispatcher.kernel_side_table
     kernels: dict[int, tuple[str, str]] = {}
     constants: dict[int, bytes] = {}
     for _, index, arguments in _launches(gm):
@@ -89,5 +89,5 @@ def _launches(gm: GraphModule) -> Iterator[tuple[Node, Any, Any]]:
     """Each node that launches a kernel, with the indices of the kernel and of its constants."""
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            if internals.is_triton_kernel(node.target):
+            if dispatcher.is_triton_kernel(node.target):
                 yield node, node.kwargs["kernel_idx"], node.kwargs["constant_args_idx"]

@@ -22,12 +22,12 @@ import os
 import threading
 from typing import Any
 
-from . import internals
+from ..internals import dynamo, probe
 
 PATIENCE = 10.0
 """Loading takes a tenth of this. A fork that has waited for so long goes ahead."""
 
-_dynamos: list[Any] = [internals.compile_lock] if internals.MISSING is None else []
+_dynamos: list[Any] = [dynamo.compile_lock] if probe.missing() is None else []
 _locks = [*_dynamos]  # reentrant, as those are that `lock` makes
 _own = threading.local()  # `taken`: for each of `_locks`, whether this thread's fork has got it
 

@@ -35,10 +35,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from .. import settings
-from . import artifact, worker
-from .pool import Lost, Pool, Terms, kill_all, register_at_exit
-from .refusal import first_line
-from .worker import Outcome
+from ..artifacts import artifact
+from ..errors import first_line
+from .local import worker
+from .local.pool import Lost, Pool, Terms, kill_all, register_at_exit
+from .local.worker import Outcome
 
 log = logging.getLogger(__name__)
 

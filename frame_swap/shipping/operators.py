@@ -38,9 +38,9 @@ import cloudpickle
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-from .. import internals
+from ..errors import Unshippable, first_line
+from ..internals import dispatcher
 from . import triton_kernels
-from .refusal import Unshippable, first_line
 
 # Operators that every process has which has imported torch.
 _TORCH_NAMESPACES = frozenset(
@@ -261,7 +261,7 @@ class LibraryOp:
             library.impl(name, _no_kernel, key)
         torch.library.register_fake(name, self.fake, lib=library)
         if self.effect is not None:
-            internals.register_effect(name, self.effect, library)
+            dispatcher.register_effect(name, self.effect, library)
         _libraries_here[name] = library
 
 
@@ -274,21 +274,21 @@ def _no_kernel(*args: Any, **kwargs: Any) -> Any:
 
 
 def _recipe(operator: OpOverload) -> CustomOp | LibraryOp:
-    definition = internals.custom_op_def(operator)
-    keys = internals.dispatch_keys(operator)
+    definition = dispatcher.custom_op_def(operator)
+    keys = dispatcher.dispatch_keys(operator)
     foreign = [key for key, own in keys if not (own and definition) and key not in _COMPUTING]
-    fake = internals.fake_impl(operator)
+    fake = dispatcher.fake_impl(operator)
     if definition is None:
-        if not internals.defined_in_python(operator):
+        if not dispatcher.defined_in_python(operator):
             raise Unshippable("it is defined in C++")
         if fake is None:
             raise Unshippable("it has no fake implementation of torch.library.register_fake")
         foreign = [key for key in foreign if key != "Meta"]  # register_fake's, and not asked where there is a fake
     if foreign:
         raise Unshippable(f"its registration for {foreign[0]} cannot be read back from the dispatcher")
-    if rules := internals.python_rules(operator):
+    if rules := dispatcher.python_rules(operator):
         raise Unshippable(f"it has a rule for {rules[0]} that cannot be told from PyTorch's own")
-    effect = internals.effect(operator)
+    effect = dispatcher.effect(operator)
     if definition is None:
         schema = str(operator._schema).partition("::")[2]
         assert fake is not None
@@ -301,7 +301,7 @@ def _recipe(operator: OpOverload) -> CustomOp | LibraryOp:
         definition._backward_fn,
         definition._setup_context_fn,
         definition._vmap_fn,
-        internals.autocast_dtypes(definition),
+        dispatcher.autocast_dtypes(definition),
         dict(definition._torch_dispatch_fns),
         effect,
     )
@@ -345,7 +345,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._held: dict[str, OpOverload] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, internals.CustomOpDef):
+        if isinstance(obj, dispatcher.CustomOpDef):
             obj = obj._opoverload
         if isinstance(obj, OpOverload):
             if is_custom(obj):
@@ -423,18 +423,18 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def _modules(operator: OpOverload) -> Iterator[str]:
     """The modules that may define an operator, the likeliest first."""
     named = [_module(function) for _, function in _functions(operator)]
-    definition = internals.custom_op_def(operator)
+    definition = dispatcher.custom_op_def(operator)
     if definition is not None:
         named.append(_module(definition._init_fn))
     by_file = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
-    named += [by_file[file] for file in internals.registered_at(operator) if file in by_file]
-    named += [name for name in (internals.stub_module(operator), operator.namespace) if name]
+    named += [by_file[file] for file in dispatcher.registered_at(operator) if file in by_file]
+    named += [name for name in (dispatcher.stub_module(operator), operator.namespace) if name]
     yield from (name for name in dict.fromkeys(named) if _is_importable(name) and not _is_torch(name))
 
 
 def _is_local(operator: OpOverload) -> bool:
     """Whether `__main__` defines the operator, or what a function made."""
-    definition = internals.custom_op_def(operator)
+    definition = dispatcher.custom_op_def(operator)
     functions = [function for _, function in _functions(operator)] + ([definition._init_fn] if definition else [])
     own = [f for f in functions if not _is_torch(_module(f))]
     return any(_module(f) == "__main__" or "<locals>" in getattr(f, "__qualname__", "") for f in own)
@@ -453,7 +453,7 @@ def _is_importable(module: str) -> bool:
 
 
 def _libraries(operator: OpOverload) -> Iterator[str]:
-    if not internals.defined_in_python(operator):
+    if not dispatcher.defined_in_python(operator):
         yield from sorted(torch.ops.loaded_libraries)
 
 
@@ -465,16 +465,16 @@ class Identity(NamedTuple):
 
 
 def _identity(operator: OpOverload) -> Identity:
-    registrations = internals.registrations(operator) + str(sorted(map(str, operator.tags)))
+    registrations = dispatcher.registrations(operator) + str(sorted(map(str, operator.tags)))
     functions = [f"{role} {_text(function, set())}" for role, function in _functions(operator)]
     return Identity(*(hashlib.sha256(t.encode()).hexdigest() for t in (registrations, "\n".join(functions))))
 
 
 def _functions(operator: OpOverload) -> list[tuple[str, Any]]:
     """The Python functions that define an operator, as far as `torch.library` keeps them; not its kernels."""
-    definition = internals.custom_op_def(operator)
+    definition = dispatcher.custom_op_def(operator)
     if definition is None:
-        functions = {"fake": internals.fake_impl(operator)}
+        functions = {"fake": dispatcher.fake_impl(operator)}
     else:
         functions = {
             "fake": definition._abstract_fn,
@@ -498,7 +498,7 @@ def _text(value: Any, seen: set[int], names: frozenset[str] = frozenset()) -> st
     """
     if isinstance(value, _PLAIN):
         return repr(value)
-    if isinstance(value, (internals.CustomOpDef, OpOverload, OpOverloadPacket, OperatorByName)):
+    if isinstance(value, (dispatcher.CustomOpDef, OpOverload, OpOverloadPacket, OperatorByName)):
         return "operator"
     value = getattr(value, "__func__", value)
     if id(value) in seen:

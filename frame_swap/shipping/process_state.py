@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from .. import internals
+from ..internals import eager, inductor
 from .echo import Audience
 
 _SHIPPED_ENVIRONMENT = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_", "CUDA_", "CXX", "CC", "PATH", "TMPDIR")
@@ -54,7 +54,7 @@ class ProcessState:
     @classmethod
     def capture(cls, devices: set[str]) -> ProcessState:
         """The state of the calling thread; `devices` are the types of device whose autocast matters."""
-        configs = internals.changed_configs()
+        configs = inductor.changed_configs()
         configs["inductor"].pop("compile_threads", None)  # how many compilers run at a time is the worker's matter
         if "cuda" in devices and configs["inductor"].get(tune := "triton.autotune_at_compile_time") is None:
             # Otherwise the first compiled call would time each kernel's variants: 980 ms for BERT-base on an H200,
@@ -111,14 +111,14 @@ class ProcessState:
         # Generated loops are cut for so many threads, and a convolution's layout depends on whether there is
         # more than one. Nothing that a compile runs is large enough to use them.
         torch.set_num_threads(self.threads)
-        with internals.backend_flags_unlocked():
+        with eager.backend_flags_unlocked():
             for (owner, name), value in zip(_FLAGS, self.flags, strict=True):
                 setattr(owner, name, value)
         for kind, value in zip(_ATTENTION, self.attention, strict=True):
             getattr(torch.backends.cuda, f"enable_{kind}_sdp")(value)
         with (
             mock.patch.dict(os.environ, self.environment),
-            internals.patch_configs(self.configs),
+            inductor.patch_configs(self.configs),
             self.applied_to_thread(),
         ):
             yield

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from .. import internals
+from ..internals import dynamo, fake_tensors, logs
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +71,15 @@ class Audience:
         return cls(
             os.getpid(),
             {name: logger.level for name, logger in _loggers().items() if logger.level != logging.NOTSET},
-            frozenset(internals.torch_logging.log_state.artifact_names),
-            any(_hears(handler) for handler in internals.trace_log.handlers),
-            internals.torch_logging.GET_DTRACE_STRUCTURED,
+            frozenset(logs.torch_logging.log_state.artifact_names),
+            any(_hears(handler) for handler in logs.trace_log.handlers),
+            logs.torch_logging.GET_DTRACE_STRUCTURED,
         )
 
 
 def _hears(handler: logging.Handler) -> bool:
     """Not the one that torch installs in any case: without a directory it removes itself at the first record."""
-    return not isinstance(handler, internals.LazyTraceHandler) or handler.root_dir is not None
+    return not isinstance(handler, logs.LazyTraceHandler) or handler.root_dir is not None
 
 
 def _loggers() -> dict[str, logging.Logger]:
@@ -161,7 +161,7 @@ def recorded(audience: Audience, keep: Callable[[bytes], None]) -> Iterator[None
         # Past levels and filters every record of every logger comes by here; there is no one handler that all
         # of torch's would reach.
         mock.patch.object(logging.Logger, "callHandlers", call_handlers),
-        mock.patch.object(internals.structured, "intern_string", _Interned),
+        mock.patch.object(logs.structured, "intern_string", _Interned),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")  # whether it is shown is for the filters in the calling process
@@ -194,12 +194,12 @@ def _heard_by(audience: Audience) -> Iterator[None]:
         asked_for = getattr(logger, "artifact_name", None) in audience.artifacts
         set_level(logger, logging.DEBUG if asked_for else audience.levels.get(name, logging.NOTSET))
     handlers = [logging.NullHandler()] if audience.tracing else []
-    state = internals.LogState({}, set(audience.artifacts))
+    state = logs.LogState({}, set(audience.artifacts))
     try:
         with (
-            mock.patch.object(internals.torch_logging, "log_state", state),
-            mock.patch.object(internals.torch_logging, "GET_DTRACE_STRUCTURED", audience.tracing_details),
-            mock.patch.object(internals.trace_log, "handlers", handlers),
+            mock.patch.object(logs.torch_logging, "log_state", state),
+            mock.patch.object(logs.torch_logging, "GET_DTRACE_STRUCTURED", audience.tracing_details),
+            mock.patch.object(logs.trace_log, "handlers", handlers),
         ):
             yield
     finally:
@@ -212,7 +212,7 @@ def _plain_record(logger: logging.Logger, record: logging.LogRecord) -> _Record:
     attributes["msg"] = record.getMessage()
     if isinstance(record.exc_info, tuple) and not record.exc_text:
         attributes["exc_text"] = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
-    if logger is internals.trace_log and "chromium_event" in attributes["metadata"]:
+    if logger is logs.trace_log and "chromium_event" in attributes["metadata"]:
         _place_in_timeline(attributes)
     return _Record(attributes, getattr(logger, "artifact_name", None))
 
@@ -269,10 +269,10 @@ def _totals() -> _Totals:
     lists = {name: list(value) for name, value in vars(metrics).items() if isinstance(value, list)}
     counts = {
         (category, key): count
-        for category, counter in list(internals.counters.items())
+        for category, counter in list(dynamo.counters.items())
         for key, count in list(counter.items())
     }
-    times = {name: list(seconds) for name, seconds in list(internals.compilation_time_metrics.items())}
+    times = {name: list(seconds) for name, seconds in list(dynamo.compilation_time_metrics.items())}
     return _Totals(numbers, counts, lists, times)
 
 
@@ -301,7 +301,7 @@ def _added(before: _Totals, after: _Totals) -> _Totals:
 @contextlib.contextmanager
 def _pair_counts() -> Iterator[None]:
     """That AOTAutograd has traced the graph is counted once: in the call, which traces the pair."""
-    counter = internals.counters["aot_autograd"]
+    counter = dynamo.counters["aot_autograd"]
     counted = {key: counter[key] for key in ("total", "ok")}
     try:
         yield
@@ -324,13 +324,13 @@ def replay(pickled: bytes, compile_id: str | None) -> None:
         return
     try:
         echo: _Echo = pickle.loads(pickled)
-        context = internals.CompileContext(internals.CompileId.from_string(compile_id))
-        with internals.compile_lock:
+        context = fake_tensors.CompileContext(fake_tensors.CompileId.from_string(compile_id))
+        with dynamo.compile_lock:
             _add(echo.totals)
     except Exception:
         log.info("frame-swap: what a compile left behind cannot be replayed", exc_info=True)
         return
-    with internals.compile_context(context):
+    with fake_tensors.compile_context(context):
         for record in echo.records:
             _each(_log, record)
         for warning in echo.warnings:
@@ -346,15 +346,13 @@ def _each(hand_over: Callable[[Any], None], item: Any) -> None:
 
 def _log(record: _Record) -> None:
     heard = logging.makeLogRecord(record.attributes)
-    if heard.name == internals.trace_log.name:
-        if internals.trace_log.handlers:
+    if heard.name == logs.trace_log.name:
+        if logs.trace_log.handlers:
             vars(heard)["metadata"] = _interned_here(record.attributes["metadata"])
-            internals.trace_log.handle(heard)
+            logs.trace_log.handle(heard)
         return
     module, _, _ = heard.name.rpartition(".")
-    logger = (
-        internals.artifact_logger(module, record.artifact) if record.artifact else logging.getLogger(heard.name)
-    )
+    logger = logs.artifact_logger(module, record.artifact) if record.artifact else logging.getLogger(heard.name)
     if logger.isEnabledFor(heard.levelno):
         logger.handle(heard)
 
@@ -362,7 +360,7 @@ def _log(record: _Record) -> None:
 def _interned_here(value: Any) -> Any:
     """`value` with this process's numbers of its strings; a string's first use writes its number to the trace."""
     if isinstance(value, _Interned):
-        return internals.structured.intern_string(value.text)
+        return logs.structured.intern_string(value.text)
     if isinstance(value, dict):
         return {key: _interned_here(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -390,9 +388,9 @@ def _add(totals: _Totals) -> None:
     for name, items in totals.metric_lists.items():
         getattr(metrics, name).extend(items)
     for (category, key), count in totals.counters.items():
-        internals.counters[category][key] += count
+        dynamo.counters[category][key] += count
     for name, seconds in totals.times.items():
-        internals.compilation_time_metrics.setdefault(name, []).extend(seconds)
+        dynamo.compilation_time_metrics.setdefault(name, []).extend(seconds)
 
 
 @contextlib.contextmanager
@@ -413,8 +411,8 @@ def muted() -> Iterator[None]:
         for name, logger in _loggers().items()
         if name.startswith(("torch._functorch.", "torch._inductor.")) and logger.isEnabledFor(logging.INFO)
     ]
-    if internals.trace_log.handlers:
-        talking.append(internals.trace_log)
+    if logs.trace_log.handlers:
+        talking.append(logs.trace_log)
     for logger in talking:
         logger.addFilter(is_heard)
     try:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from .. import internals
-from . import echo, folders, libraries
-from .direct import Compiled, Replacement
-from .process_state import ProcessState
+from ..internals import dynamo, fake_tensors, inductor
+from ..shipping import echo
+from ..shipping.process_state import ProcessState
+from . import folders, libraries
+from .wrappers import Compiled, Replacement
 
 
 def prepare() -> None:
@@ -29,7 +30,7 @@ def prepare() -> None:
     """
     if _NEEDED in sys.modules:  # this thread imports it, if nobody else has: it is complete
         return
-    with internals.compile_lock:
+    with dynamo.compile_lock:
         importlib.import_module(_NEEDED)
 
 
@@ -147,29 +148,29 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guard
     it again, which we never do.
     """
     content = unseal(artifact)
-    config = internals.inductor_config.patch({**state.configs["inductor"], **options})
-    with internals.compile_lock, state.applied_to_thread(), config, folders.safe_caches():
+    config = inductor.inductor_config.patch({**state.configs["inductor"], **options})
+    with dynamo.compile_lock, state.applied_to_thread(), config, folders.safe_caches():
         from torch._inductor.cudagraph_utils import BoxedDeviceIndex
         from torch._inductor.utils import BoxedBool
 
         entry, kernels = pickle.loads(content)
         entry.guards_expr = None  # late guards are ours: see guards/
         _forget_totals(entry)
-        fake_mode = internals.FakeTensorMode(shape_env=internals.ShapeEnv())
-        tracing = internals.tracing(internals.TracingContext(fake_mode))
+        fake_mode = fake_tensors.FakeTensorMode(shape_env=fake_tensors.ShapeEnv())
+        tracing = fake_tensors.tracing(fake_tensors.TracingContext(fake_mode))
         direct = Replacement(entry, state.grad if guarded else None)
         with (
             tracing,
             libraries.supplied(kernels),
             echo.muted(),
-            internals.backward_before_forward(),
+            inductor.backward_before_forward(),
             direct.installed(),
         ):
             outermost = entry.wrap_post_compile(
                 [],
                 entry.sanitized_aot_config,
                 {
-                    "cudagraphs": BoxedBool(internals.inductor_config.triton.cudagraphs),
+                    "cudagraphs": BoxedBool(inductor.inductor_config.triton.cudagraphs),
                     "boxed_forward_device_index": BoxedDeviceIndex(None),
                 },
             )

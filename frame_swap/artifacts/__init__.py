@@ -1,0 +1,1 @@
+"""Artifacts: sealed in a worker, checked and loaded in the program. Knows no frames."""

@@ -1,0 +1,1 @@
+"""Code objects and generated functions. Knows no processes and no artifacts."""

@@ -1,0 +1,58 @@
+"""AOTAutograd: the pair's tracing, its runtime wrappers and their metadata, and hooks on saved tensors."""
+
+from __future__ import annotations
+
+from .eval_frame import watched_by_mode
+from .probe import names_looked_up
+
+with names_looked_up():
+    from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
+    from torch._C._functorch import peek_interpreter_stack
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+    from torch._functorch._aot_autograd import runtime_wrappers
+    from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
+    from torch._functorch._aot_autograd.runtime_wrappers import (
+        FunctionalizedRngRuntimeWrapper,
+        RuntimeWrapper,
+        coerce_to_expected_memory_format,
+    )
+    from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
+    from torch._functorch._aot_autograd.utils import saved_tensors_hooks_are_inlineable, top_saved_tensors_hooks
+
+    mark_dynamic = (
+        getattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices", None)
+        or runtime_wrappers.maybe_mark_dynamic_helper  # type: ignore[attr-defined]  # up to 2.12
+    )
+
+__all__ = [
+    "FunctionalizedRngRuntimeWrapper",
+    "OutputType",
+    "RuntimeWrapper",
+    "TensorAlias",
+    "aot_autograd",
+    "boxed_nop",
+    "coerce_to_expected_memory_format",
+    "gen_alias_from_base",
+    "has_external_objects",
+    "keeps_graph",
+    "mark_dynamic",
+    "peek_interpreter_stack",
+    "runs_hooks",
+    "saving_is_traced",
+]
+
+
+def saving_is_traced() -> bool:
+    """Whether hooks on saved tensors are set that become a part of the graphs traced meanwhile."""
+    return bool(saved_tensors_hooks_are_inlineable(top_saved_tensors_hooks()))
+
+
+def runs_hooks() -> bool:
+    """Whether this thread's calls of graphs run code of hooks on saved tensors, or of a dispatch mode."""
+    return bool(top_saved_tensors_hooks()) or watched_by_mode()
+
+
+def has_external_objects() -> bool:
+    """Whether a graph of this process uses streams or events, which AOTAutograd hands on to backwards (2.15)."""
+    return bool(getattr(runtime_wrappers, "index_to_external_object_weakref", None))

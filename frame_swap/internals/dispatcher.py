@@ -1,0 +1,134 @@
+"""What `torch.library` and the dispatcher know of an operator, and the table of user Triton kernels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+
+from .probe import names_looked_up
+
+with names_looked_up():
+    from torch._higher_order_ops import effects
+    from torch._higher_order_ops.triton_kernel_wrap import (
+        kernel_side_table,
+        triton_kernel_wrapper_functional,
+        triton_kernel_wrapper_mutation,
+    )
+    from torch._library.custom_ops import OPDEFS, CustomOpDef
+    from torch._library.simple_registry import singleton as operator_registry
+
+__all__ = [
+    "CustomOpDef",
+    "autocast_dtypes",
+    "custom_op_def",
+    "defined_in_python",
+    "dispatch_keys",
+    "effect",
+    "fake_impl",
+    "has_effects",
+    "is_triton_kernel",
+    "kernel_side_table",
+    "python_rules",
+    "register_effect",
+    "registered_at",
+    "registrations",
+    "stub_module",
+    "triton_kernel_wrapper_mutation",
+]
+
+
+def custom_op_def(operator: OpOverload) -> Any | None:
+    """What `torch.library.custom_op` returned for this operator, if it was defined so and is still that."""
+    definition = OPDEFS.get(operator._name)
+    return definition if definition is not None and definition._opoverload is operator else None
+
+
+def defined_in_python(operator: OpOverload) -> bool:
+    """Whether the operator's schema was defined from Python."""
+    return bool(operator._defined_in_python)
+
+
+def fake_impl(operator: OpOverload) -> Callable[..., Any] | None:
+    """What `torch.library.register_fake` was given for this operator."""
+    kernel = operator_registry.find(operator._name).fake_impl.kernel
+    function: Callable[..., Any] | None = kernel and kernel.func
+    if function is not None and function.__qualname__.startswith("_check_pystubs_once."):
+        # A wrapper of torch.library's that checks, at the first call, where an operator of C++ was defined.
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        function = cells["func"].cell_contents
+    return function
+
+
+def effect(operator: OpOverload) -> Any:
+    """The effect type that was registered for the operator, None where it has none."""
+    return operator_registry.find(operator._name).effect.effect
+
+
+def has_effects(target: object) -> bool:
+    """Whether a graph node's target is an operator with effects that happen in order, such as printing."""
+    if isinstance(target, OpOverloadPacket):
+        return any(has_effects(getattr(target, name)) for name in target.overloads())  # type: ignore[no-untyped-call]
+    return effects.has_effects(target)
+
+
+def register_effect(name: str, effect: Any, library: torch.library.Library) -> None:
+    """Register the effect type of the operator `name`, for as long as `library` lives."""
+    library._register_effectful_op(name, effect)
+
+
+def python_rules(operator: OpOverload) -> list[str]:
+    """Dispatch keys, modes and tensor classes for which the operator has rules that Python code attached to it."""
+    rules = [*operator.py_kernels, *operator.python_key_table, *operator.functorch_table]
+    if custom_op_def(operator) is None:
+        rules += operator_registry.find(operator._name).torch_dispatch_rules._data
+    return [getattr(rule, "__name__", str(rule)) for rule in rules]
+
+
+def registrations(operator: OpOverload) -> str:
+    """The operator's schema and kernels in the dispatcher, as text: for each key the file and line."""
+    text: str = torch._C._dispatch_dump(operator._name)
+    return text
+
+
+_KERNEL = re.compile(r"(\w+)(?:\[alias\])?: registered at (.*?) ::")
+
+
+def dispatch_keys(operator: OpOverload) -> list[tuple[str, bool]]:
+    """The dispatch keys that the operator has kernels for, and whether who defined it registered each."""
+    lines = registrations(operator).splitlines()
+    defined = next(line.partition("registered at ")[2] for line in lines if line.startswith("debug: "))
+    found = (_KERNEL.match(line) for line in lines)
+    return [(kernel[1], kernel[2] == defined) for kernel in found if kernel]
+
+
+def registered_at(operator: OpOverload) -> list[str]:
+    """The files in which something of the operator was registered, each once."""
+    files: list[str] = re.findall(r": registered at (.*?):\d+(?: ::|$)", registrations(operator), re.MULTILINE)
+    kernel = operator_registry.find(operator._name).fake_impl.kernel
+    if kernel is not None:
+        files.append(kernel.source.rpartition(":")[0])
+    return list(dict.fromkeys(files))
+
+
+def stub_module(operator: OpOverload) -> str | None:
+    """The Python module that an operator of C++ names as its companion."""
+    stub: tuple[str, str] | None = torch._C._dispatch_pystub(operator._schema.name, operator._schema.overload_name)
+    return stub[0] if stub else None
+
+
+def autocast_dtypes(definition: Any) -> dict[str, torch.dtype]:
+    """What a custom operator's inputs are cast to under autocast, by type of device."""
+    if hasattr(definition, "_autocast_dtype"):
+        dtypes = dict(definition._autocast_dtype)
+    else:  # up to 2.12
+        dtypes = {"cpu": definition._autocast_cpu_dtype, "cuda": definition._autocast_cuda_dtype}
+    return {device: dtype for device, dtype in dtypes.items() if dtype is not None}
+
+
+def is_triton_kernel(target: object) -> bool:
+    """Whether a graph node's target launches a Triton kernel of the user's."""
+    return target in (triton_kernel_wrapper_functional, triton_kernel_wrapper_mutation)

@@ -1,0 +1,106 @@
+"""Dynamo: captured frames, generated code, cache entries, and the locks and metrics around them."""
+
+from __future__ import annotations
+
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+
+from .probe import names_looked_up
+
+with names_looked_up():
+    import torch._dynamo
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
+    from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo.convert_frame import compile_lock, output_codes, register_bytecode_hook
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.types import FrameAction, FrameExecStrategy  # type: ignore[attr-defined]
+    from torch._dynamo.utils import (
+        CleanupManager,
+        compilation_time_metrics,
+        counters,
+        get_metrics_context,
+        orig_code_map,
+    )
+
+__all__ = [
+    "CapturedFrame",
+    "TorchDynamoException",
+    "adopt_code",
+    "cache_entries",
+    "captured_frame",
+    "captured_whole",
+    "compilation_time_metrics",
+    "compile_lock",
+    "counters",
+    "recompile_limit",
+    "register_bytecode_hook",
+    "skip_frames",
+    "without_disable",
+]
+
+
+class CapturedFrame(NamedTuple):
+    """The user's frame that Dynamo is compiling, as a backend can see it."""
+
+    code: CodeType  # of the function that the user would name: not Dynamo's or nn.Module's shell around it
+    globals: dict[str, Any]
+
+
+_SHELLS = ("torch/_dynamo/external_utils.py", "torch/nn/modules/module.py")
+
+
+def captured_frame() -> CapturedFrame | None:
+    """The frame that Dynamo is tracing on this thread; None outside of Dynamo."""
+    try:
+        root = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
+    if root is None:
+        return None
+    code = root.f_code
+    if code.co_filename.endswith(_SHELLS):  # the user's is what it inlined, and that is done last
+        inlined = reversed(root.output.traced_code)
+        code = next((c for c in inlined if not c.co_filename.endswith(_SHELLS)), code)
+    return CapturedFrame(code, root.f_globals)
+
+
+def recompile_limit() -> int:
+    """How many times Dynamo would compile one frame."""
+    return int(torch._dynamo.config.recompile_limit)
+
+
+def skip_frames(code: CodeType) -> None:
+    """Tell Dynamo to trace neither frames of `code` nor anything that they call."""
+    set_code_exec_strategy(code, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+
+
+def adopt_code(old: CodeType, new: CodeType) -> None:
+    """Give `new` what Dynamo keeps for its generated code object `old`.
+
+    Dynamo deletes the globals that generated code uses (`__compiled_fn_*`, resume functions) when that code
+    object dies; they now have to live as long as `new`. May be done again where it was interrupted.
+    """
+    orig_code_map[new] = orig_code_map[old]
+    output_codes.add(new)
+    if hooks := CleanupManager.instance.get(old):
+        CleanupManager.instance[new] = hooks
+        CleanupManager.instance[old] = []
+    # A resume function compiles while its caller's frame is on the stack, and Dynamo's metrics keep a traceback
+    # of that, with the caller's generated code, for an error message within the same compile.
+    metrics = get_metrics_context()
+    if not metrics.in_progress():
+        metrics._edits.clear()
+
+
+def without_disable(function: Any) -> Any:
+    """What `torch._dynamo.disable` was put around, or `function` itself."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+def captured_whole(gm: torch.fx.GraphModule) -> bool:
+    """Whether Dynamo captured all that the frame does, up to its end, in this graph."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and not reason.graph_break

@@ -1,0 +1,64 @@
+"""Tensors, the state of the thread that computes with them, and how PyTorch compares them."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from .probe import names_looked_up
+
+with names_looked_up():
+    import torch._dynamo
+    from torch import _conj as conj
+    from torch import _neg_view as neg_view
+    from torch._C import _DisableAutocast as no_autocast
+    from torch._C import _get_deterministic_algorithms as deterministic_algorithms
+    from torch._C import _get_obj_in_tls as thread_local
+    from torch._C import _is_key_in_tls as is_thread_local
+    from torch._C import _is_view_replay_enabled as is_view_replay_enabled
+    from torch._C import _set_grad_enabled as set_grad_enabled
+    from torch._C import _set_view_replay_enabled as set_view_replay_enabled
+    from torch._C._functorch import is_functorch_wrapped_tensor
+    from torch._dynamo.utils import same
+    from torch._prims_common import clone_preserve_strides
+    from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    "accuracy_tolerance",
+    "backend_flags_unlocked",
+    "clone_preserve_strides",
+    "conj",
+    "deterministic_algorithms",
+    "disable_current_modes",
+    "in_double",
+    "is_functorch_wrapped_tensor",
+    "is_thread_local",
+    "is_traceable_wrapper_subclass",
+    "is_view_replay_enabled",
+    "neg_view",
+    "no_autocast",
+    "same",
+    "set_grad_enabled",
+    "set_view_replay_enabled",
+    "thread_local",
+]
+
+
+def in_double(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """`gm`, changed to compute in double precision where it names a type; as PyTorch's accuracy checks do it."""
+    from torch._dynamo.debug_utils import cast_to_fp64
+
+    return cast_to_fp64(gm, [])[0]
+
+
+def accuracy_tolerance() -> float:
+    """How far apart PyTorch's accuracy checks let compiled and eager values be, absolutely and relatively."""
+    return float(torch._dynamo.config.repro_tolerance)
+
+
+def backend_flags_unlocked() -> contextlib.AbstractContextManager[None]:
+    """Within the block `torch.backends` flags may be set, also after PyTorch's test utilities have locked them."""
+    unlocked: contextlib.AbstractContextManager[None] = torch.backends.__allow_nonbracketed_mutation()
+    return unlocked

@@ -1,0 +1,99 @@
+"""Fake tensors, symbolic shapes, the pickler of graphs, and the contexts of a compile."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from .probe import names_looked_up
+
+with names_looked_up():
+    from torch._dynamo.source import TensorPropertySource
+    from torch._guards import (
+        CompileContext,
+        CompileId,
+        TracingContext,
+        compile_context,
+        detect_fake_mode,
+        tracing,
+    )
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake, unset_fake_temporarily
+    from torch.fx._graph_pickler import GraphPickler
+    from torch.fx._graph_pickler import Options as GraphPicklerOptions
+    from torch.fx.experimental.sym_node import SymNode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+__all__ = [
+    "CompileContext",
+    "CompileId",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FrameShapes",
+    "GraphPickler",
+    "GraphPicklerOptions",
+    "ShapeEnv",
+    "SymNode",
+    "TracingContext",
+    "compile_context",
+    "detect_fake_mode",
+    "is_fake",
+    "tracing",
+    "unset_fake_temporarily",
+]
+
+
+class FrameShapes:
+    """The symbolic shapes of the frame being compiled: which argument holds which symbol, and what is known.
+
+    Args:
+        example_inputs: the graph's inputs; Dynamo passes every symbol that the graph needs as an argument.
+    """
+
+    def __init__(self, example_inputs: list[Any]) -> None:
+        self.symbols: dict[sympy.Symbol, int] = {}
+        self._shape_env: Any = None
+        for at, value in enumerate(example_inputs):
+            if isinstance(value, torch.SymInt):
+                self._shape_env = value.node.shape_env
+                if isinstance(value.node.expr, sympy.Symbol):
+                    self.symbols.setdefault(value.node.expr, at)
+
+    def guard_on(self, relations: Iterable[sympy.Basic]) -> None:
+        """Have Dynamo check `relations`, which hold now, with the frame's own guards; while it still traces it."""
+        for relation in relations:
+            self._shape_env.evaluate_expr(relation)
+
+    def sizes(self, args: Sequence[Any]) -> dict[str, int]:
+        """What the symbols stand for in a call with the graph's inputs `args`, by their names."""
+        return {symbol.name: int(args[at]) for symbol, at in self.symbols.items()}
+
+    def implies(self, relation: sympy.Basic) -> bool | None:
+        """True where the frame's own guards make `relation` hold, False where they rule it out."""
+        if self._shape_env is None:
+            return None
+        try:
+            known = self._shape_env._maybe_evaluate_static(relation)
+            if known is None:
+                values = bound_sympy(relation, self._ranges(relation.free_symbols))
+                known = values.lower if values.is_singleton() else None
+        except KeyError:  # a function whose range is not known
+            return None
+        return None if known is None else bool(known)
+
+    def _ranges(self, symbols: Iterable[sympy.Symbol]) -> dict[sympy.Symbol, Any]:
+        """What values `symbols` take. No tensor has a dimension of `sys.maxsize`, which Dynamo leaves open and
+        which slices without an end compare sizes with.
+        """
+        env = self._shape_env
+        ranges = {symbol: env.var_to_range[symbol] for symbol in symbols}
+        return {
+            symbol: known & ValueRanges(known.lower, sys.maxsize - 1)
+            if any(isinstance(source, TensorPropertySource) for source in env.var_to_sources.get(symbol, ()))
+            else known
+            for symbol, known in ranges.items()
+        }

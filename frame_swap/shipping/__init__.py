@@ -1,0 +1,1 @@
+"""What a compile needs of the program, made to travel: the graph, its settings, its operators. Knows no frames."""
