@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backend import frame_swap_backend
     from .decorator import opt_in
-    from .region import FrameSwapWarning, Region, State
+    from .errors import FrameSwapWarning
+    from .region import Region, State
     from .reporting import Report, report, swap, wait
     from .settings import configure
 
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "FrameSwapWarning": "region",
+    "FrameSwapWarning": "errors",
     "Region": "region",
     "Report": "reporting",
     "State": "region",

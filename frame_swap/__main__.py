@@ -49,10 +49,11 @@ def _repeat(folder: str) -> None:
     from pathlib import Path
 
     from .checking import repro
+    from .errors import UnusableFolder
 
     try:
         difference = repro.difference(Path(folder))
-    except repro.Unusable as error:
+    except UnusableFolder as error:
         raise SystemExit(f"frame-swap: {error}") from None
     if difference:
         print(f"compiled code differs: {difference}")

@@ -32,14 +32,12 @@ from .checking.profit import Measurement
 from .checking.trial import Trial
 from .checking.verify import Verification
 from .codegen import rewriting
-from .errors import first_line
+from .errors import FrameGone, FrameSwapWarning, Indirect, UnknownLayout, UnusableArtifact, first_line
 from .farm.local.worker import Outcome
 from .farm.service import Job, service
-from .frames import FrameGone
-from .frames.cache_entry import UnknownLayout
 from .frames.call_site import CallSite
 from .internals import dynamo, fake_tensors, inductor, probe
-from .region import FrameSwapWarning, Region, State
+from .region import Region, State
 from .serving.pair import trace_pair
 from .serving.trampoline import Offer, Specialiser, Trampoline
 from .shipping import echo, ship
@@ -188,7 +186,7 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
                 offer = Offer(compiled, condition, install, tuple(_trials(shipment)))
         except guards.Inexpressible as error:
             _give_up(region, f"a late guard: {error}", State.REJECTED)
-        except artifact.Unusable as error:
+        except UnusableArtifact as error:
             _give_up(region, str(error), State.REJECTED)
         except FrameGone:
             region.abandon()
@@ -251,7 +249,7 @@ def _prepare_install(
         return lambda: "called outside of a Dynamo frame: a check remains on each call"
     try:
         code = site.rewritten(compiled.call, condition, compiled.boxed, answered=compiled.repeatable)
-    except rewriting.Indirect as error:
+    except Indirect as error:
         remark = f"{error}: a check remains on each call"
         return lambda: remark
 

@@ -22,6 +22,8 @@ from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+from .errors import FrameSwapWarning
+
 if TYPE_CHECKING:
     from .serving.trampoline import Trampoline
 
@@ -38,10 +40,6 @@ class State(enum.StrEnum):
     STALE = "stale"  # the frame was gone before compiled code came
     FOREGROUND = "foreground"  # could not be shipped: stock Inductor, compiled in the caller
     EAGER = "eager"  # on the pair, for good: when="never"
-
-
-class FrameSwapWarning(UserWarning):
-    """Something in the background went wrong; the program goes on with the eager pair."""
 
 
 class Region:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import DEVICE
 
-from frame_swap import region, settings
+from frame_swap import errors, region, settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,5 +81,5 @@ def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
 def no_warnings() -> Iterator[None]:
     """Any warning of frame-swap's is an error."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", region.FrameSwapWarning)
+        warnings.simplefilter("error", errors.FrameSwapWarning)
         yield

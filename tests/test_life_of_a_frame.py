@@ -16,7 +16,7 @@ from helpers import codes_called
 from torch._inductor.utils import fresh_cache
 
 import frame_swap
-from frame_swap import FrameSwapWarning, State, backend
+from frame_swap import FrameSwapWarning, State, backend, errors
 from frame_swap.frames import cache_entry
 from frame_swap.internals import dynamo
 from frame_swap.serving import pair
@@ -232,7 +232,7 @@ def test_behind_a_foreign_wrapper_a_check_remains() -> None:
 
 def test_an_unfamiliar_cache_entry_is_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     def unfamiliar(entry: Any) -> Any:
-        raise cache_entry.UnknownLayout("for the test")
+        raise errors.UnknownLayout("for the test")
 
     monkeypatch.setattr(cache_entry, "_code_field", unfamiliar)
     compiled, x = torch.compile(f, backend="frame_swap"), torch.randn(4, 4)

@@ -20,7 +20,7 @@ from helpers import assert_same, observe, wait_for_all
 from torch import Tensor
 
 import frame_swap
-from frame_swap import FrameSwapWarning, Region, State
+from frame_swap import FrameSwapWarning, Region, State, errors
 from frame_swap.codegen import rewriting
 from frame_swap.frames import cache_entry
 
@@ -106,7 +106,7 @@ def test_the_pair_answers_and_serves_from_then_on(wrap: Function, grad: bool) ->
 
 def test_where_the_cache_entry_cannot_be_written_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def unfamiliar(entry: Any) -> Any:
-        raise cache_entry.UnknownLayout("for the test")
+        raise errors.UnknownLayout("for the test")
 
     monkeypatch.setattr(cache_entry, "_code_field", unfamiliar)
     compiled, region = swapped(relays, torch.rand(3, 4))

@@ -21,7 +21,7 @@ from helpers import Subject, Twins, assert_same, codes_called, observe, wait_for
 from torch import Tensor, nn
 
 import frame_swap
-from frame_swap import FrameSwapWarning, Region, State
+from frame_swap import FrameSwapWarning, Region, State, errors
 from frame_swap.checking import repro
 from frame_swap.checking.arguments import Arguments
 
@@ -330,9 +330,9 @@ def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
     folder.chmod(0o770)
     empty = tmp_path / "empty"
     empty.mkdir(mode=0o700)
-    with pytest.raises(repro.Unusable, match="others can write to it"):
+    with pytest.raises(errors.UnusableFolder, match="others can write to it"):
         repro.difference(folder)
-    with pytest.raises(repro.Unusable, match="no folder that frame-swap wrote"):
+    with pytest.raises(errors.UnusableFolder, match="no folder that frame-swap wrote"):
         repro.difference(empty)
 
 

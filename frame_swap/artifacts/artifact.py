@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UnusableArtifact
 from ..internals import dynamo, fake_tensors, inductor
 from ..shipping import echo
 from ..shipping.process_state import ProcessState
@@ -52,10 +53,6 @@ class Deferred:
         return pickle.loads(self._pickled).deserialize()
 
 
-class Unusable(Exception):
-    """An artifact is not for this process; the message says why, and what to do."""
-
-
 _FORMAT = 1
 
 
@@ -82,7 +79,7 @@ def unseal(artifact: bytes) -> memoryview:
     """The content of what `seal` made, of which nothing has been interpreted yet.
 
     Raises:
-        Unusable: it is damaged, or made for something else.
+        UnusableArtifact: it is damaged, or made for something else.
     """
     end = artifact.find(b"\n", 0, 1 << 16)
     try:
@@ -90,21 +87,27 @@ def unseal(artifact: bytes) -> memoryview:
     except ValueError:
         header = None
     if not isinstance(header, dict) or "frame-swap artifact" not in header:
-        raise Unusable(f"its artifact does not begin as one does; {_ONCE_MORE}")
+        raise UnusableArtifact(f"its artifact does not begin as one does; {_ONCE_MORE}")
     if header["frame-swap artifact"] != _FORMAT:
-        raise Unusable(f"its artifact is of another frame-swap; {_ALIKE}")
+        raise UnusableArtifact(f"its artifact is of another frame-swap; {_ALIKE}")
     content = memoryview(artifact)[end + 1 :]
     if len(content) != header.get("length"):
-        raise Unusable(f"its artifact is not whole: {len(content)} of {header.get('length')} bytes; {_ONCE_MORE}")
+        raise UnusableArtifact(
+            f"its artifact is not whole: {len(content)} of {header.get('length')} bytes; {_ONCE_MORE}"
+        )
     if hashlib.sha256(content).hexdigest() != header.get("sha256"):
-        raise Unusable(f"its artifact was changed after it was made; {_ONCE_MORE}")
+        raise UnusableArtifact(f"its artifact was changed after it was made; {_ONCE_MORE}")
     here = _made_for()
     for name in ("torch", "python", "architecture"):
         if header.get(name) != here[name]:
-            raise Unusable(f"its artifact was made for {name} {header.get(name)}, here is {here[name]}; {_ALIKE}")
+            raise UnusableArtifact(
+                f"its artifact was made for {name} {header.get(name)}, here is {here[name]}; {_ALIKE}"
+            )
     lacking = sorted({*header.get("instructions", ())} - {*here["instructions"]})
     if lacking:
-        raise Unusable(f"its artifact was made for a CPU with {', '.join(lacking)}, which this lacks; {_ALIKE}")
+        raise UnusableArtifact(
+            f"its artifact was made for a CPU with {', '.join(lacking)}, which this lacks; {_ALIKE}"
+        )
     return content
 
 
@@ -142,7 +145,7 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guard
         guarded: whether each call finds grad mode as it was at capture, as a frame's guards make sure.
 
     Raises:
-        Unusable: it is damaged, or made for something else; nothing of it has been unpickled.
+        UnusableArtifact: it is damaged, or made for something else; nothing of it has been unpickled.
 
     PyTorch's own `deserialize_bundled_cache_entry` does the same and copies the entry to be able to serialise
     it again, which we never do.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import artifact, folders
+from ..errors import UnusableFolder
 from ..farm.local import worker
 from ..internals import inductor
 from ..shipping import ship
@@ -30,10 +31,6 @@ from .arguments import with_history
 from .comparison import Comparison
 
 _PARCEL, _CALL, _DIFFERENCE = "parcel.pickle", "call.pt", "difference.txt"
-
-
-class Unusable(Exception):
-    """Nothing can be repeated from this folder; the message says why."""
 
 
 def write(
@@ -67,19 +64,19 @@ def difference(folder: Path) -> str:
     Changes settings of this process.
 
     Raises:
-        Unusable: with the reason.
+        UnusableFolder: with the reason.
     """
     try:
         folders.check(str(folder))
         parcel = (folder / _PARCEL).read_bytes()
         call = torch.load(folder / _CALL, weights_only=False)
     except folders.Unsafe as error:
-        raise Unusable(f"what is in {folder} would be run, and others can write to it: {error}") from None
+        raise UnusableFolder(f"what is in {folder} would be run, and others can write to it: {error}") from None
     except OSError as error:
-        raise Unusable(f"{folder} is no folder that frame-swap wrote: {error}") from None
+        raise UnusableFolder(f"{folder} is no folder that frame-swap wrote: {error}") from None
     outcome = worker.compile_graph(parcel, call["sizes"], time.time())
     if outcome.artifact is None:
-        raise Unusable(f"its graph does not compile: {outcome.error}\n{outcome.details}")
+        raise UnusableFolder(f"its graph does not compile: {outcome.error}\n{outcome.details}")
     opened = ship.open_parcel(parcel)
     compiled = artifact.load(outcome.artifact, opened.state, opened.options, guarded=False)
     gm, _, _ = ship.unpack_graph(opened.graph, call["sizes"])

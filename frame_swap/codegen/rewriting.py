@@ -12,14 +12,11 @@ from typing import Any, NamedTuple, cast
 from bytecode import Bytecode, Instr, Label
 from bytecode.instr import TryBegin, TryEnd
 
+from ..errors import Indirect
 from .source import compile_function
 
 Answer = Callable[..., Any]
 """Given the exception that a call raised and that call's arguments, returns what the call is to return."""
-
-
-class Indirect(Exception):
-    """The frame does not call the graph as Dynamo's code does, so it cannot be rewritten; the message says how."""
 
 
 class Condition(NamedTuple):

@@ -3,7 +3,3 @@ calls that go straight to them.
 
 Knows no processes and no artifacts.
 """
-
-
-class FrameGone(Exception):
-    """The frame's code is no longer in Dynamo's cache: what was meant for it is stale."""

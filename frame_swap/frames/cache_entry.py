@@ -22,14 +22,10 @@ import sysconfig
 from types import CodeType
 from typing import Any
 
+from ..errors import FrameGone, UnknownLayout
 from ..internals import dynamo
-from . import FrameGone
 
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
-
-
-class UnknownLayout(Exception):
-    """This torch or this Python lays cache entries out in a way that has not been checked."""
 
 
 def find(original: CodeType, *generated: CodeType | None) -> Any | None:

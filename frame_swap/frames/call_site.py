@@ -21,9 +21,10 @@ from types import CodeType, MethodType
 from typing import Any, Protocol
 
 from ..codegen import rewriting
-from ..codegen.rewriting import Condition, Indirect
+from ..codegen.rewriting import Condition
+from ..errors import FrameGone, Indirect
 from ..internals import dynamo
-from . import FrameGone, cache_entry, dispatch
+from . import cache_entry, dispatch
 
 
 class Callee(Protocol):

@@ -37,10 +37,8 @@ import torch
 from .. import settings
 from ..artifacts.wrappers import Compiled, had_effects
 from ..checking.trial import Sides, Trial
-from ..codegen.rewriting import Condition, Indirect, predicate
-from ..errors import first_line
-from ..frames import FrameGone
-from ..frames.cache_entry import UnknownLayout
+from ..codegen.rewriting import Condition, predicate
+from ..errors import FrameGone, Indirect, UnknownLayout, first_line
 from ..frames.call_site import CallSite
 from ..internals import aot, dynamo
 from ..region import SETTLED, Region, State

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import frame_swap
-from frame_swap import State, backend
+from frame_swap import State, backend, errors
 from frame_swap.artifacts import artifact
 from frame_swap.farm.local import worker
 
@@ -86,7 +86,7 @@ def test_nothing_of_a_damaged_artifact_is_unpickled(damage: str) -> None:
     sealed = artifact.seal(pickle.dumps(Bomb()))
     with pytest.raises(pytest.fail.Exception):
         pickle.loads(artifact.unseal(sealed))
-    with pytest.raises(artifact.Unusable, match=words):
+    with pytest.raises(errors.UnusableArtifact, match=words):
         artifact.unseal(spoil(sealed))
 
 
