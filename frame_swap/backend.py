@@ -225,7 +225,7 @@ def _trials(shipment: _Shipment) -> Iterator[Trial]:
             shipment.graph,
             functools.partial(_keep_repro, shipment),
             same_numbers=bool(options.get("fallback_random", False)),
-            has_effects=shipment.has_effects,
+            repeatable=not shipment.has_effects,
         )
     if shipment.settings.profit:
         yield Measurement(undisturbed=lambda: service.threads_for_program() is None)

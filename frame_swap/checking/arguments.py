@@ -61,7 +61,7 @@ class Arguments:
         raise Uncopyable(f"an argument is a {type(value).__name__}")
 
     def _copy_tensor(self, tensor: Tensor) -> Tensor:
-        base = tensor._base
+        base = eager.base_of(tensor)
         if base is not None and base.dtype == tensor.dtype and not self._double:
             with torch.set_grad_enabled(tensor.grad_fn is not None):
                 view = self._copy(base).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
@@ -89,10 +89,10 @@ class Arguments:
                     tensor
                 )
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._storages:
-                self._storages[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+            if (memory := eager.storage_id(storage)) not in self._storages:
+                self._storages[memory] = storage.clone()  # type: ignore[no-untyped-call]
             blank = torch.empty(0, dtype=dtype, device=tensor.device)
-            blank.set_(self._storages[storage._cdata], tensor.storage_offset(), tensor.size(), tensor.stride())
+            blank.set_(self._storages[memory], tensor.storage_offset(), tensor.size(), tensor.stride())
             return _with_bits_of(tensor, blank)
 
 
@@ -144,7 +144,7 @@ def _check(tensor: Tensor) -> None:
 
 
 def _check_sizes(tensors: Sequence[Tensor]) -> None:
-    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values()
+    storages = {eager.storage_id(t.untyped_storage()): t.untyped_storage() for t in tensors}.values()
     for device in {storage.device for storage in storages}:
         needed = SETS * sum(storage.nbytes() for storage in storages if storage.device == device)
         left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

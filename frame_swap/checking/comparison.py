@@ -246,7 +246,7 @@ def makes_uninitialised(graph: torch.nn.Module) -> bool:
 
 def copy_of_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """`gm` as it is now; tracing the pair changes it."""
-    graph = torch.fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    graph = torch.fx.Graph(tracer_cls=eager.tracer_class(gm.graph))
     graph.output(graph.graph_copy(gm.graph, {}))
     return torch.fx.GraphModule(gm, graph)
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..internals import dynamo, eval_frame
-from .trial import Sides, Trial
+from .trial import Findings, Sides, Trial
 
 WARM_UP = 3
 """Calls of each side that do not count: they allocate, load kernels and fill caches."""
@@ -129,7 +129,7 @@ class Measurement(Trial):
         pair, compiled = Figure.of(seconds["pair"]), Figure.of(seconds["compiled"])
         what = "forward and backward" if backward else "forward"
         figures = f"{compiled} a call, the pair's {pair} ({what}, medians of {len(seconds['compiled'])} calls)"
-        self.findings["profit"] = figures
+        self.findings = Findings(profit=figures)
         self.verdict = f"it is slower than the pair: {figures}" if compiled.slower_than(pair) else ""
 
 

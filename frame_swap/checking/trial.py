@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,19 +23,36 @@ class Sides(NamedTuple):
     bare_compiled: Callable[..., Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """Results of a trial for the report.
+
+    Attributes:
+        verified: calls on which compiled code and the pair agreed; None if the trial does not compare them.
+        profit: time of a call on each side, as text; None if the trial has not measured it.
+    """
+
+    verified: int | None = None
+    profit: str | None = None
+
+    def known(self) -> dict[str, int | str]:
+        """The results that this trial has, by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
 class Trial(abc.ABC):
     """Calls of a region go through here, one at a time, until there is a verdict.
 
     Attributes:
         verdict: None until it is over; then "" where compiled code has passed, or what is wrong with it.
         remark: what the report is to say of compiled code that has passed; "" where nothing.
-        findings: attributes of the region to set, by name, as far as they are known.
+        findings: results so far; a new object after each result.
     """
 
     def __init__(self) -> None:
         self.verdict: str | None = None
         self.remark = ""
-        self.findings: dict[str, Any] = {}
+        self.findings = Findings()
 
     @abc.abstractmethod
     def call(self, sides: Sides, args: Sequence[Any]) -> Any:

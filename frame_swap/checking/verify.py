@@ -15,7 +15,7 @@ import torch
 from ..internals import eval_frame
 from .arguments import Uncopyable
 from .comparison import Comparison
-from .trial import Sides, Trial
+from .trial import Findings, Sides, Trial
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Verification(Trial):
         graph: Dynamo's.
         keep_repro: called for a difference.
         same_numbers: whether compiled code draws the pair's random numbers.
-        has_effects: whether there is more to a call than its inputs and outputs.
+        repeatable: whether a call may be made twice: a call has no effects besides its outputs and changed inputs.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Verification(Trial):
         keep_repro: KeepRepro,
         *,
         same_numbers: bool,
-        has_effects: bool,
+        repeatable: bool,
     ) -> None:
         super().__init__()
         self._calls = calls
@@ -49,8 +49,8 @@ class Verification(Trial):
         self._same_numbers = same_numbers
         self._keep_repro = keep_repro
         self._made = 0
-        self.findings["verified"] = 0
-        if has_effects:
+        self.findings = Findings(verified=0)
+        if not repeatable:
             self._pass("not verified: it has effects, which would happen more than once")
 
     def call(self, sides: Sides, args: Sequence[Any]) -> Any:
@@ -73,7 +73,7 @@ class Verification(Trial):
             self.verdict = f"it is not what the pair computes: {difference}; {self._keep_repro(args, difference)}"
             return
         self._made += 1
-        self.findings["verified"] = self._made
+        self.findings = Findings(verified=self._made)
         if self._made >= self._calls:
             why = comparison.incomparable
             self._pass(f"verified but for its values: {why}" if why else "")

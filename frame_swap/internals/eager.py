@@ -28,6 +28,7 @@ with names_looked_up():
 __all__ = [
     "accuracy_tolerance",
     "backend_flags_unlocked",
+    "base_of",
     "clone_preserve_strides",
     "conj",
     "deterministic_algorithms",
@@ -42,7 +43,9 @@ __all__ = [
     "same",
     "set_grad_enabled",
     "set_view_replay_enabled",
+    "storage_id",
     "thread_local",
+    "tracer_class",
 ]
 
 
@@ -62,3 +65,19 @@ def backend_flags_unlocked() -> contextlib.AbstractContextManager[None]:
     """Within the block `torch.backends` flags may be set, also after PyTorch's test utilities have locked them."""
     unlocked: contextlib.AbstractContextManager[None] = torch.backends.__allow_nonbracketed_mutation()
     return unlocked
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor that autograd knows `tensor` to be a view of; None if it is no view."""
+    return tensor._base
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """A number that two storages share if and only if they are the same memory, while both live."""
+    return int(storage._cdata)
+
+
+def tracer_class(graph: torch.fx.Graph) -> type[torch.fx.Tracer] | None:
+    """The class of the tracer that made `graph`; a copy of the graph has to name it too."""
+    tracer: type[torch.fx.Tracer] | None = getattr(graph, "_tracer_cls", None)
+    return tracer

@@ -187,7 +187,7 @@ class Trampoline:
                     try:
                         return trial.call(sides, args)
                     finally:
-                        self._region.note(trial.findings)
+                        self._region.note(trial.findings.known())
                         if trial.verdict is not None:
                             self._end_trial(offer, trial)
         return self._call_pair(args)
