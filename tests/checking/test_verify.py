@@ -95,7 +95,7 @@ def test_a_miscompile_is_rejected_and_can_be_repeated(
         return  # once is enough: it takes a process that imports PyTorch and compiles
     command = region().reason.rpartition("to see it again: ")[2]
     assert str(folder) in command
-    path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])}
+    path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[1])])}
     again = subprocess.run(
         shlex.split(command), env={**os.environ, **path}, capture_output=True, text=True, timeout=240
     )
