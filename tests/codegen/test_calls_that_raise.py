@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from frame_swap.codegen import rewriting
+from frame_swap import errors
+from frame_swap.codegen import calls
 
 Function = Callable[..., Any]
 
@@ -75,8 +76,8 @@ def twice(x: Any, y: Any, manager: Managed) -> Any:
 @pytest.mark.parametrize("boxed", [None, compiled_code_boxed], ids=["arguments", "one list"])
 @pytest.mark.parametrize("frame", [plainly, in_a_try_block, in_a_with_block, twice], ids=lambda f: f.__name__)
 def test_rewritten_code_does_what_the_source_says(frame: FunctionType, boxed: Any) -> None:
-    code = rewriting.call_constants(frame.__code__, {"call": called})
-    answered = FunctionType(rewriting.call_instead(code, called, compiled_code, boxed, answer), globals())
+    code = calls.call_constants(frame.__code__, {"call": called})
+    answered = FunctionType(calls.call_instead(code, called, compiled_code, boxed, answer), globals())
     source = FunctionType(frame.__code__, {**globals(), "call": answered_in_source})
     errors = [ValueError(), ZeroDivisionError(), KeyboardInterrupt(), GeneratorExit()]
     for x, y in itertools.product([1, *errors], [2, *errors]):
@@ -102,9 +103,9 @@ def outcome(function: Function, *args: Any) -> Any:
 
 
 def test_nothing_more_runs_where_nothing_raises() -> None:
-    code = rewriting.call_constants(in_a_with_block.__code__, {"call": called})
-    plain = rewriting.call_instead(code, called, compiled_code, compiled_code_boxed)
-    answered = rewriting.call_instead(code, called, compiled_code, compiled_code_boxed, answer)
+    code = calls.call_constants(in_a_with_block.__code__, {"call": called})
+    plain = calls.call_instead(code, called, compiled_code, compiled_code_boxed)
+    answered = calls.call_instead(code, called, compiled_code, compiled_code_boxed, answer)
     assert executed(plain) == executed(answered)
     assert executed(answered, ValueError()) != executed(answered)
 
@@ -134,6 +135,6 @@ def test_what_cannot_be_loaded_twice_is_refused() -> None:
     def frame(x: Any, y: Any) -> Any:
         return call(x, y + 1)  # noqa: F821
 
-    code = rewriting.call_constants(frame.__code__, {"call": called})
-    with pytest.raises(rewriting.Indirect, match="a second time"):
-        rewriting.call_instead(code, called, compiled_code, None, answer)
+    code = calls.call_constants(frame.__code__, {"call": called})
+    with pytest.raises(errors.Indirect, match="a second time"):
+        calls.call_instead(code, called, compiled_code, None, answer)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dis
+import gc
 import sys
+import weakref
 from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any
@@ -13,7 +15,9 @@ import torch
 from bytecode import Bytecode, Instr, Label
 
 import frame_swap
-from frame_swap.codegen import rewriting
+from frame_swap import errors
+from frame_swap.codegen import calls
+from frame_swap.codegen.conditions import Condition
 from frame_swap.internals import dynamo
 
 
@@ -27,7 +31,7 @@ def assembled(*instructions: tuple[Any, ...] | Label, argnames: tuple[str, ...] 
 
 def shortened(code: CodeType) -> tuple[Callable[..., Any], list[str]]:
     """The function, and its instructions but for the first."""
-    new = rewriting.call_constants(code, {})
+    new = calls.call_constants(code, {})
     return FunctionType(new, {}), [i.opname for i in dis.get_instructions(new)][1:]
 
 
@@ -183,3 +187,167 @@ def test_a_frame_that_is_one_graph_only_loads_calls_and_returns() -> None:
         instructions = list(dis.get_instructions(entry.code))
         assert [i.arg for i in instructions if i.opname == "BUILD_LIST"] == [1]
         assert not {"LIST_EXTEND", "DELETE_FAST"} & {i.opname for i in instructions}
+
+
+# A graph's call, directed to one of several targets
+
+PLACEHOLDER = "frame_swap:placeholder"
+
+
+def usual(*args: Any) -> Any:
+    return "usual", *args
+
+
+def large(*args: Any) -> Any:
+    return "large", *args
+
+
+def larger(*args: Any) -> Any:
+    return "larger", *args
+
+
+def always(*args: Any) -> Any:
+    return "always", *args
+
+
+def always_boxed(args: list[Any]) -> Any:
+    return "boxed", *args
+
+
+def recover(error: Exception, /, *args: Any) -> Any:
+    return "recovered", error, *args
+
+
+def frame(x: Any, n: int) -> Any:
+    return [n, call(x, n), x]  # noqa: F821
+
+
+def frame_with_two_calls(x: Any, n: int) -> Any:
+    return [n, call(n, x), call(x, n)]  # noqa: F821
+
+
+IF_LARGE = calls.Target(large, None, Condition("n > 10", {"n": 1}))
+IF_LARGER = calls.Target(larger, None, Condition("m > 20 and m % 2 == 0", {"m": 1}))
+ALWAYS = calls.Target(always, None, None)
+ALWAYS_BOXED = calls.Target(always, always_boxed, None)
+
+
+def directed(
+    *targets: calls.Target,
+    source: Any = frame,
+    recover: Callable[..., Any] | None = None,
+    keep: object | None = None,
+) -> FunctionType:
+    base = calls.call_constants(source.__code__, {"call": PLACEHOLDER})
+    return FunctionType(calls.direct_calls(base, PLACEHOLDER, usual, targets, recover, keep), {})
+
+
+def callees(f: FunctionType, sizes: list[int]) -> list[str]:
+    """The name of what is called at each size; the arguments must arrive in any case."""
+    called = []
+    for n in sizes:
+        before, (name, *args), after = f("x", n)
+        assert (before, args, after) == (n, ["x", n], "x")
+        called.append(name)
+    return called
+
+
+@pytest.mark.parametrize("recover", [None, recover], ids=["", "recovering"])
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ([], ["usual", "usual", "usual"]),
+        ([ALWAYS], ["always", "always", "always"]),
+        ([ALWAYS_BOXED], ["boxed", "boxed", "boxed"]),
+        ([IF_LARGE], ["usual", "large", "large"]),
+        ([IF_LARGE, IF_LARGER], ["usual", "large", "large"]),
+        ([IF_LARGER, IF_LARGE], ["usual", "large", "larger"]),
+        ([IF_LARGE, ALWAYS], ["always", "large", "large"]),
+        ([IF_LARGER, IF_LARGE, ALWAYS_BOXED], ["always", "large", "larger"]),
+    ],
+)
+def test_the_first_target_whose_condition_holds_is_called(
+    targets: list[calls.Target], expected: list[str], recover: Any
+) -> None:
+    assert callees(directed(*targets, recover=recover), [5, 15, 30]) == expected
+
+
+@pytest.mark.parametrize("targets", [[ALWAYS], [IF_LARGE], [IF_LARGER, IF_LARGE, ALWAYS]], ids=len)
+@pytest.mark.parametrize("recover", [None, recover], ids=["", "recovering"])
+def test_each_call_in_a_frame_has_its_own_choice(targets: list[calls.Target], recover: Any) -> None:
+    other = targets[-1].call if targets[-1].condition is None else usual
+    first = targets[0].call
+    f = directed(*targets, source=frame_with_two_calls, recover=recover)
+    assert f(2, 30) == [30, other(30, 2), first(2, 30)]
+    assert f(30, 2) == [2, first(2, 30), other(30, 2)]
+
+
+def test_a_condition_is_not_evaluated_after_one_that_holds() -> None:
+    undefined = calls.Target(usual, None, Condition("1 // (n - 15) > 0", {"n": 1}))
+    assert callees(directed(IF_LARGE, undefined, ALWAYS), [15]) == ["large"]
+    with pytest.raises(ZeroDivisionError):
+        directed(undefined, IF_LARGE, ALWAYS)("x", 15)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [[ALWAYS], [ALWAYS_BOXED], [IF_LARGE], [IF_LARGER, IF_LARGE, ALWAYS_BOXED]],
+    ids=["always", "boxed", "usual", "several"],
+)
+def test_errors_of_targets_and_of_the_usual_callee_are_recovered_from(targets: list[calls.Target]) -> None:
+    error = ValueError("for the test")
+
+    def fail(*args: Any) -> Any:
+        raise error
+
+    failing = [t._replace(call=fail, boxed=t.boxed and fail) for t in targets]
+    base = calls.call_constants(frame.__code__, {"call": PLACEHOLDER})
+    f = FunctionType(calls.direct_calls(base, PLACEHOLDER, fail, failing, recover), {})
+    for n in (5, 15, 30):
+        assert f("x", n) == [n, ("recovered", error, "x", n), "x"]
+    f = FunctionType(calls.direct_calls(base, PLACEHOLDER, fail, failing, None), {})
+    with pytest.raises(ValueError, match="for the test"):
+        f("x", 5)
+
+
+def test_without_targets_the_code_has_nothing_to_recover_with() -> None:
+    f = directed(recover=recover)
+    assert recover not in f.__code__.co_consts
+    assert not f.__code__.co_exceptiontable
+    assert usual not in directed(ALWAYS, recover=recover).__code__.co_consts, "nothing calls it"
+
+
+def test_the_code_keeps_an_object_alive() -> None:
+    class Kept:
+        def __call__(self) -> None: ...
+
+    kept: Any = Kept()
+    f, alive = directed(IF_LARGE, ALWAYS, recover=recover, keep=kept), weakref.ref(kept)
+    assert callees(f, [5, 15]) == ["always", "large"]
+    del kept
+    assert alive() is not None
+    del f
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_target_after_an_unconditional_one_is_refused() -> None:
+    for targets in ([ALWAYS, IF_LARGE], [ALWAYS, ALWAYS]):
+        with pytest.raises(ValueError, match="must be the last one"):
+            directed(*targets)
+
+
+def test_a_call_whose_arguments_cannot_be_found_or_loaded_again_is_refused() -> None:
+    def computes(x: Any, n: int) -> Any:
+        return [n, call(x, n + 1), x]  # noqa: F821
+
+    with pytest.raises(errors.Indirect, match="a second time"):
+        directed(ALWAYS, source=computes, recover=recover)
+    assert directed(ALWAYS, source=computes)("x", 1) == [1, ("always", "x", 2), "x"]
+
+    def unpacks(x: Any, n: int) -> Any:
+        return call(*x)  # noqa: F821
+
+    with pytest.raises(errors.Indirect, match="not Dynamo's"):
+        directed(IF_LARGE, source=unpacks)
+    assert directed(ALWAYS, source=unpacks)([1, 2], 0) == ("always", 1, 2)
