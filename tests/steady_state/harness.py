@@ -1,0 +1,111 @@
+"""Cases: scenarios around something compiled, run with stock `torch.compile` and with frame-swap, and compared.
+
+Each scenario runs twice with each backend: first to compile all that it calls, then, frame-swap's code installed,
+to be observed. What was observed must be equal: bits, strides, versions, views and aliases, autograd's nodes,
+hooks called, types and messages of errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import DEVICE, assert_same, swap_all, wait_for_all
+from torch._functorch import config as functorch_config
+
+import frame_swap
+
+from .seen import LOG, WATCHED, Call, ambient
+
+NOTHING_CACHED = functorch_config.patch(enable_autograd_cache=False)
+"""A backward from stock's cache was compiled for what another program did with it."""
+
+
+class Case(NamedTuple):
+    """A scenario, and what it calls.
+
+    Attributes:
+        scenario: is given the compiled subject; returns what there is to compare.
+        subject: what is compiled: a function, or a module's class.
+        within: entered around the whole, compiling included.
+        differs: why frame-swap differs, where it does.
+        answered: whether calls raise: the pair is asked whether it raises, too, and the log shows that.
+        keywords: for `torch.compile`.
+    """
+
+    scenario: Callable[[Call], Any]
+    subject: Call
+    within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    differs: str = ""
+    answered: bool = False
+    keywords: dict[str, Any] = {}  # noqa: RUF012 - a default that nobody changes
+
+
+class Cases:
+    """The cases of one module: `case = Cases()` decorates its scenarios, `case.test` is the test of them all."""
+
+    def __init__(self) -> None:
+        self._cases: list[Case] = []
+
+    def __call__(
+        self,
+        subject: Call,
+        within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        differs: str = "",
+        answered: bool = False,
+        **keywords: Any,
+    ) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
+        """Add a case, whose scenario is decorated; `Case` says what the arguments are."""
+
+        def add(scenario: Callable[[Call], Any]) -> Callable[[Call], Any]:
+            self._cases.append(Case(scenario, subject, within, differs, answered, keywords))
+            return scenario
+
+        return add
+
+    @property
+    def test(self) -> Callable[..., None]:
+        """A test function with the cases added so far as its parameters."""
+
+        @pytest.mark.parametrize("case", self._cases, ids=lambda case: case.scenario.__name__)
+        def test_is_as_with_stock(case: Case, request: pytest.FixtureRequest) -> None:
+            if case.differs:
+                request.applymarker(pytest.mark.xfail(reason=case.differs, strict=True))
+            with case.within():
+                expected, actual = observe(case, "inductor"), observe(case, "frame_swap")
+            assert_same(actual, expected, case.scenario.__name__)
+
+        return test_is_as_with_stock
+
+
+def observe(case: Case, backend: str) -> Any:
+    """What the scenario returns when all that it calls is compiled; and what else it leaves behind."""
+    torch._dynamo.reset()
+    frame_swap.configure(when="manual")
+    torch.manual_seed(0)
+    subject = case.subject().to(DEVICE) if isinstance(case.subject, type) else case.subject
+    call = torch.compile(subject, backend=backend, **case.keywords)
+    with NOTHING_CACHED:
+        case.scenario(call)
+    regions = []
+    if backend == "frame_swap":
+        wait_for_all()
+        regions = swap_all()
+    pair_calls = [region.pair_calls for region in regions]
+
+    case.scenario(call)  # the first call of compiled code looks for operators that alias; not again
+    LOG.clear()
+    WATCHED.clear()
+    torch.manual_seed(1)
+    before = ambient()
+    seen = case.scenario(call)
+    assert frame_swap.report().regions == regions, "it compiled again"
+    served = [region.pair_calls for region in regions]
+    assert (served != pair_calls) is (case.answered and bool(regions)), "a pair was called, or was to be"
+    after, log = ambient(), [] if case.answered else LOG.copy()
+    torch.set_grad_enabled(True)  # for the tests that come
+    return seen, log, before, after, torch.get_rng_state(), torch.cuda.get_rng_state_all()
