@@ -1,1 +1,1 @@
-"""What a person sees: the command line and the demo."""
+"""The command line and the demo. Only `frame_swap.__main__` imports this package."""

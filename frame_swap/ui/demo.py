@@ -1,7 +1,7 @@
 """`python -m frame_swap demo`: train a character transformer and show which code serves its steps.
 
-The corpus is the source text of Python's standard library, which every machine has. The display says at each
-moment what is going on, since a user reads silence as a hang.
+The corpus is the source text of Python's standard library, since every machine has it. The display always says what
+is going on, since users take silence for a hang.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SECONDS_AFTER_SWAP = 12.0
 """How long the demo goes on once compiled code serves the steps."""
 
 SECONDS_BETWEEN_LINES = 4.0
-"""How often a line is printed where there is no terminal to redraw."""
+"""Time between two printed lines, if the output is no terminal."""
 
 # --- Text as numbers ---
 
@@ -41,10 +41,10 @@ UNKNOWN = len(VOCABULARY)
 
 
 def corpus(characters: int = 3_000_000) -> Tensor:
-    """Tokens (uint8, `characters` of them or some more) of the standard library's top-level modules.
+    """The top-level modules of the standard library as tokens: uint8, `characters` of them or slightly more.
 
     Raises:
-        SystemExit: this Python comes without its source text.
+        SystemExit: the source text is not installed with this Python.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     parts, read = [], 0
@@ -59,18 +59,18 @@ def corpus(characters: int = 3_000_000) -> Tensor:
 
 
 def encode(text: str) -> Tensor:
-    """`text` as tokens, uint8."""
+    """`text` as tokens: uint8, one for each character."""
     tokens = {character: token for token, character in enumerate(VOCABULARY)}
     return torch.frombuffer(bytearray(tokens.get(c, UNKNOWN) for c in text), dtype=torch.uint8)
 
 
 def decode(tokens: Tensor) -> str:
-    """Tokens as text; unknown ones as the replacement character."""
+    """Tokens as text; `UNKNOWN` becomes the replacement character."""
     return "".join((VOCABULARY + "\N{REPLACEMENT CHARACTER}")[token] for token in tokens.tolist())
 
 
 def batches(tokens: Tensor, size: int, length: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random windows of `tokens` and the same one character later, each (size, length), without end."""
+    """Random windows of `tokens`, and the windows one character further on: int64, each (size, length); endless."""
     windows = tokens.unfold(0, length + 1, 1)
     while True:
         picked = windows[torch.randint(len(windows), (size,))].to(device, torch.long)
@@ -81,7 +81,7 @@ def batches(tokens: Tensor, size: int, length: int, device: str) -> Iterator[tup
 
 
 class Block(nn.Module):
-    """Causal attention and a feed-forward layer, each behind its norm and added to its input."""
+    """Causal attention, then a feed-forward layer; each normalises its input and adds its output to it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
 
 class CharTransformer(nn.Module):
-    """Predicts the next character: tokens (batch, length) to logits (batch, length, UNKNOWN + 1)."""
+    """Predicts the next character: from tokens (batch, length) to logits (batch, length, UNKNOWN + 1)."""
 
     def __init__(self, layers: int = 2, width: int = 128, heads: int = 4, length: int = 64) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class CharTransformer(nn.Module):
 
     @torch.no_grad()
     def write(self, prompt: str, characters: int) -> str:
-        """`prompt` and what the model, as it is, has follow it."""
+        """`prompt`, continued by `characters` characters that the model predicts."""
         tokens = encode(prompt).to(self.position.weight.device, torch.long)[None]
         for _ in range(characters):
             logits = self(tokens[:, -self.length :])[0, -1, :UNKNOWN]
@@ -128,7 +128,7 @@ class CharTransformer(nn.Module):
         return decode(tokens[0])
 
 
-# --- What is shown ---
+# --- The display ---
 
 
 class Step(NamedTuple):
@@ -139,7 +139,7 @@ class Step(NamedTuple):
 
 
 class Progress:
-    """A run so far: the training loop tells it of each step; a display reads it, on any thread."""
+    """The run so far. The training loop adds each step; a display reads it, on any thread."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
@@ -147,16 +147,16 @@ class Progress:
         self.loss = float("nan")
         self.first_step_s: float | None = None
         self._steps: list[Step] = []
-        self._settled_s: float | None = None
+        self._decided_s: float | None = None  # when it was known that the swap had happened, or would not
 
     def add(self, step_started: float, loss: float) -> None:
-        """A step that began at `step_started` (seconds since the epoch) has ended."""
+        """Add a step that has just ended; it began at `step_started`, in seconds since the epoch."""
         self._steps.append(Step(time.time() - step_started, self.swap_s is not None))
         self.loss = loss
         if self.first_step_s is None:
             self.first_step_s = self.elapsed
-        if self._settled_s is None and not self._waiting():
-            self._settled_s = self.elapsed
+        if self._decided_s is None and not self._waiting():
+            self._decided_s = self.elapsed
 
     @property
     def elapsed(self) -> float:
@@ -165,13 +165,13 @@ class Progress:
 
     @property
     def left(self) -> float:
-        """Seconds until the demo ends, as far as that is known."""
-        settled = self.limit if self._settled_s is None else self._settled_s + SECONDS_AFTER_SWAP
-        return max(0.0, min(self.limit, settled) - self.elapsed)
+        """Seconds until the demo ends; before the swap, until it ends at the latest."""
+        end = self.limit if self._decided_s is None else self._decided_s + SECONDS_AFTER_SWAP
+        return max(0.0, min(self.limit, end) - self.elapsed)
 
     @property
     def swap_s(self) -> float | None:
-        """Seconds from the start to the swap of the last region; None while one is not swapped."""
+        """Seconds from the start to the swap of the last region; None until all regions are swapped."""
         installed = [region.installed_at for region in report().regions]
         if not installed or None in installed:
             return None
@@ -179,7 +179,7 @@ class Progress:
 
     @property
     def serving(self) -> str:
-        """Which code serves the steps."""
+        """The code that serves the steps, in words."""
         if not self._steps:
             return "none yet"
         states = {region.state for region in report().regions}
@@ -188,16 +188,21 @@ class Progress:
         return "stock Inductor's code" if states <= {State.FOREGROUND} else "the eager pair"
 
     def ms(self, compiled: bool | None = None, last: int | None = None) -> float | None:
-        """Median ms of (the last) steps, but for the first: by compiled code, by the pair, or all."""
+        """Median milliseconds of a step, without the first step of the run; None if there is no other.
+
+        Args:
+            compiled: only steps that compiled code served, or only those it did not serve; None for all.
+            last: only so many of these, from the end.
+        """
         chosen = [s.seconds for s in self._steps[1:] if compiled in (None, s.compiled)]
         return 1e3 * statistics.median(chosen[-last if last else None :]) if chosen else None
 
     def count(self, compiled: bool | None = None) -> int:
-        """How many steps are done, by compiled code, by the pair, or in all."""
+        """How many steps are done; `compiled` as in `ms`."""
         return sum(compiled in (None, step.compiled) for step in list(self._steps))
 
     def sentence(self) -> str:
-        """What is going on, what serves meanwhile, and when it ends."""
+        """Say in a sentence what is going on, which code serves meanwhile, and when that ends."""
         regions = report().regions
         if not self._steps:
             return (
@@ -208,7 +213,7 @@ class Progress:
             return "The frame calls compiled code, with nothing in between."
         if not regions:
             return (
-                "frame-swap is off (FRAME_SWAP_DISABLE, or a torch that it does not know): stock Inductor "
+                "frame-swap is off (FRAME_SWAP_DISABLE, or a torch that lacks what it needs): stock Inductor "
                 "compiled in the first step."
             )
         if not self._waiting():
@@ -216,12 +221,12 @@ class Progress:
         if any(region.state is State.PENDING and region.compile_s is None for region in regions):
             return (
                 "Inductor compiles in a worker process, usually for 10 to 60 s. That is normal: training "
-                "runs on, served by the eager pair; the first step after the compile changes over by itself."
+                "runs on, served by the eager pair; the first step after the compile swaps to compiled code."
             )
-        return "Compiled code is here; the eager pair serves until the step that changes over."
+        return "Compiled code is loaded; the eager pair serves until the next step swaps to it."
 
     def verdict(self) -> str:
-        """Why the swap has not come."""
+        """The reason why there was no swap."""
         reasons = {r.reason or str(r.state) for r in report().regions if r.state is not State.INSTALLED}
         if not reasons:
             return "frame-swap captured no graph"
@@ -241,7 +246,7 @@ class Progress:
         return table
 
     def closing(self) -> Table:
-        """What the user saw, as a table."""
+        """The table at the end of the demo."""
         table = Table(box=box.SIMPLE_HEAD, show_header=False, title="What you saw", title_justify="left")
         swap = self.swap_s
         before = self.serving if swap is None else "the eager pair"
@@ -257,7 +262,7 @@ class Progress:
         return table
 
     def _figures(self) -> list[tuple[str, str]]:
-        waiting = f"{SECONDS_AFTER_SWAP:.0f} s after the swap, or " if self._settled_s is None else ""
+        waiting = f"{SECONDS_AFTER_SWAP:.0f} s after the swap, or " if self._decided_s is None else ""
         return [
             ("served by", self.serving),
             ("steps done", str(self.count())),
@@ -282,9 +287,9 @@ def _ms(value: float | None) -> str:
 
 @contextlib.contextmanager
 def _display(progress: Progress) -> Iterator[Callable[[], None]]:
-    """Show `progress` meanwhile: redrawn on a terminal; elsewhere as a line when it is due.
+    """Within the block, show `progress`: redrawn on a terminal, otherwise as lines of text.
 
-    Yields what to call after each step.
+    Yields a function to call after each step.
     """
     if Console().is_terminal:
         with Live(get_renderable=lambda: progress, refresh_per_second=5):
@@ -309,8 +314,13 @@ def _display(progress: Progress) -> Iterator[Callable[[], None]]:
 
 
 def run(seconds: float, device: str | None = None) -> None:
-    """Train until some seconds after the swap, for at most `seconds`, and print what was seen."""
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nothing here needs it
+    """Train until `SECONDS_AFTER_SWAP` after the swap, then print a summary, the report and a sample of the model.
+
+    Args:
+        seconds: end after so many seconds, with or without a swap.
+        device: where to train; by default a CUDA device if there is one, else the CPU.
+    """
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; the demo needs no NumPy
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = CharTransformer().to(device)
@@ -332,4 +342,4 @@ def run(seconds: float, device: str | None = None) -> None:
 
     rich.print(progress.closing())
     print(report())
-    print("What the model writes by now, on the original module:", model.write("def ", 120), sep="\n")
+    print("What the trained model writes, called without torch.compile:", model.write("def ", 120), sep="\n")

@@ -28,12 +28,6 @@ def figure(text: str, name: str) -> str:
     return found[1]
 
 
-def test_help_without_a_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "frame_swap"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "demo" in done.stdout
-
-
 def test_a_short_run_says_what_it_saw() -> None:
     text = run_demo("--seconds", "5")
     assert "trace the model" in text  # said before the first step, which takes seconds

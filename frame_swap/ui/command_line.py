@@ -1,0 +1,73 @@
+"""The commands of `python -m frame_swap`.
+
+`demo` shows the swap as it happens; `repro` repeats a difference that `verify` found. PyTorch is imported after the
+arguments are parsed, so that the help and errors in arguments appear at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command given in `arguments`, by default those of the process. Without a command, print the help.
+
+    Raises:
+        SystemExit: with status 1 and a message, or with argparse's status 2.
+    """
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        parser.print_help()
+        return
+    print("importing PyTorch ...", flush=True)
+    if chosen.command == "repro":
+        _repeat(Path(chosen.folder))
+    else:
+        from .demo import run
+
+        run(seconds=chosen.seconds, device=chosen.device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m frame_swap", description="torch.compile without the wait.")
+    commands = parser.add_subparsers(dest="command")
+    demo = commands.add_parser(
+        "demo",
+        help="train a small character transformer and watch which code serves its steps",
+        description="Trains a character transformer on the source text of Python's standard library, with "
+        "torch.compile(model, backend='frame_swap'), and shows which code serves the steps. Ends by itself "
+        "soon after the swap, on two CPU cores within about a minute; Ctrl-C ends it sooner.",
+    )
+    demo.add_argument(
+        "--seconds",
+        type=float,
+        default=300.0,
+        help="end after so many seconds, swap or no swap (default: %(default)s)",
+    )
+    demo.add_argument("--device", help="where to train, such as cpu or cuda (default: cuda if there is one)")
+    repro = commands.add_parser(
+        "repro",
+        help="repeat a difference that verify=n has found",
+        description="Reads FOLDER, which frame-swap has written: a graph and the arguments of a call. Compiles the "
+        "graph, calls compiled code and the uncompiled graph, and compares. Ends with status 1 if they differ. "
+        "Code in the folder is run.",
+    )
+    repro.add_argument("folder", metavar="FOLDER")
+    return parser
+
+
+def _repeat(folder: Path) -> None:
+    from ..checking import repro
+    from ..errors import UnusableFolder
+
+    try:
+        difference = repro.difference(folder)
+    except UnusableFolder as error:
+        raise SystemExit(f"frame-swap: {error}") from None
+    if difference:
+        print(f"compiled code differs: {difference}")
+        raise SystemExit(1)
+    print("compiled code and eager agree")
