@@ -19,5 +19,5 @@ def test_help_without_a_command() -> None:
 
 def test_a_folder_without_a_difference_ends_with_the_reason(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    with pytest.raises(SystemExit, match="frame-swap: .* is no folder that frame-swap wrote"):
+    with pytest.raises(SystemExit, match=r"frame-swap: .* is no folder that frame-swap wrote"):
         command_line.main(["repro", str(tmp_path)])
