@@ -65,7 +65,7 @@ def frame_swap_backend(
     Raises:
         ValueError: an unknown mode or option.
     """
-    changes = settings.inductor_options(mode, options)
+    changes = inductor.options_of(mode, options)
     if settings.disabled() or _unsupported():
         return inductor.stock_inductor(gm, example_inputs, changes)
 

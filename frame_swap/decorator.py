@@ -7,10 +7,9 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from . import settings
 from .backend import frame_swap_backend
 from .frames import dispatch
-from .internals import eval_frame
+from .internals import eval_frame, inductor
 
 T = TypeVar("T", bound="type[torch.nn.Module] | torch.nn.Module | Callable[..., Any]")
 
@@ -72,7 +71,7 @@ def opt_in(
     with the code compiled for the module as it was, and may return wrong values or crash. `torch._dynamo.reset()`
     ends it.
     """
-    settings.inductor_options(mode, options)  # an unknown name is an error here, not at the first call
+    inductor.options_of(mode, options)  # an unknown name is an error here, not at the first call
 
     def compiled(function: Callable[..., Any]) -> Any:
         return torch.compile(

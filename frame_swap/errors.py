@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FrameSwapWarning(UserWarning):
     """Something in the background went wrong; the program goes on with the eager code."""
@@ -35,3 +38,9 @@ def first_line(error: BaseException) -> str:
     """An exception in one line: its type, and the first line of its message."""
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown `name`: the known one that is spelt most like it, if any is."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,14 +1,23 @@
-"""What the user may set: `configure()`, `FRAME_SWAP_*` variables, and `torch.compile`'s mode and options."""
+"""The user's settings: `configure()` and the `FRAME_SWAP_*` environment variables.
+
+A setting is one field of `Settings`: its type, default, description, check and parser. The signature of
+`configure`, the environment variables, the checks and the documentation are derived from the fields. To add a
+setting, add a field, and put what `reference()` returns into docs/settings.md.
+"""
+# ruff: noqa: RUF009  `_setting` returns a dataclasses.field
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from typing import Any, Literal, get_args
+from typing import Any, Literal, ParamSpec, get_args
+
+from .errors import nearest
 
 When = Literal["ready", "wait", "manual", "never"]
 
@@ -16,80 +25,6 @@ When = Literal["ready", "wait", "manual", "never"]
 def usable_cpus() -> int:
     """How many CPUs this process may use: its affinity mask, not what the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """One consistent set of settings; see `frame_swap.configure` for what each means."""
-
-    workers: int
-    when: When = "ready"
-    delay: float = 0.0
-    executor: Executor | None = None
-    job_timeout: float = 1800.0
-    memory_limit: float = math.inf
-    idle_timeout: float = 300.0
-    verify: int = 0
-    repro_dir: str | None = None
-    profit: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.workers, int) or self.workers < 1:
-            raise ValueError(f"workers={self.workers!r}: give a whole number of processes, 1 or more")
-        if self.when not in get_args(When):
-            known = get_args(When)
-            choices = ", ".join(map(repr, known))
-            raise ValueError(f"when={self.when!r}: choose one of {choices}{_nearest(str(self.when), known)}")
-        if not isinstance(self.delay, (int, float)) or not 0 <= self.delay < math.inf:
-            raise ValueError(f"delay={self.delay!r}: give a number of seconds, 0 or more")
-        for name, unit in (("job_timeout", "seconds"), ("memory_limit", "gigabytes"), ("idle_timeout", "seconds")):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"{name}={value!r}: give a number of {unit} above 0; math.inf sets no limit")
-        if not isinstance(self.verify, int) or self.verify < 0:
-            raise ValueError(f"verify={self.verify!r}: give a number of calls to compare, 0 for none")
-        if not isinstance(self.profit, bool):
-            raise ValueError(f"profit={self.profit!r}: give True or False")
-        if self.repro_dir is not None and not isinstance(self.repro_dir, (str, os.PathLike)):
-            raise TypeError(f"repro_dir={self.repro_dir!r}: give a folder, or None for the temporary one")
-        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
-            raise TypeError(
-                f"executor={self.executor!r} has no submit(): give a concurrent.futures.Executor, "
-                "or None for frame-swap's own worker processes"
-            )
-
-    @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read `FRAME_SWAP_WORKERS`, `FRAME_SWAP_WHEN`, and so on: the setting's name in capitals.
-
-        Raises:
-            ValueError: naming the variable whose value cannot be used.
-        """
-        values: dict[str, Any] = {"workers": default_workers()}
-        for name, parse in _IN_ENVIRONMENT.items():
-            variable = f"FRAME_SWAP_{name.upper()}"
-            text = environ.get(variable)
-            if not text:
-                continue
-            try:
-                values[name] = parse(text)
-                cls(**values)
-            except ValueError as error:
-                raise ValueError(f"{variable}={text!r} cannot be used: {error}") from None
-        return cls(**values)
-
-
-_IN_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
-    "workers": int,
-    "when": str,
-    "delay": float,
-    "job_timeout": float,
-    "memory_limit": float,
-    "idle_timeout": float,
-    "verify": int,
-    "repro_dir": str,
-    "profit": lambda text: {"0": False, "1": True}.get(text, text),
-}
 
 
 def default_workers() -> int:
@@ -101,8 +36,218 @@ def default_workers() -> int:
     return max(1, min(4, usable_cpus() // 2))
 
 
+# --- How a field is described ---
+
+_Check = Callable[[str, Any], None]
+"""Raises ValueError or TypeError if the setting of this name cannot have this value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _About:
+    """Everything about a setting that its annotation does not say."""
+
+    description: str
+    check: _Check
+    parse: Callable[[str], Any] | None
+    default: str
+
+
+def _setting(
+    default: Any,
+    description: str,
+    check: _Check,
+    parse: Callable[[str], Any] | None,
+    default_text: str = "",
+) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        default: the default value, or a function that returns it.
+        description: what the setting does, for the documentation.
+        check: refuses a value that cannot be used.
+        parse: reads the value from an environment variable; None if there is no variable for this setting.
+        default_text: the default in the documentation, by default its repr.
+    """
+    metadata = {"about": _About(" ".join(description.split()), check, parse, default_text or repr(default))}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _is_workers(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: give a whole number of processes, 1 or more")
+
+
+def _is_one_of(*choices: str) -> _Check:
+    def check(name: str, value: Any) -> None:
+        if value not in choices:
+            known = ", ".join(map(repr, choices))
+            raise ValueError(f"{name}={value!r}: choose one of {known}{nearest(str(value), choices)}")
+
+    return check
+
+
+def _is_delay(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r}: give a number of seconds, 0 or more")
+
+
+def _is_limit_in(unit: str) -> _Check:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"{name}={value!r}: give a number of {unit} above 0; math.inf sets no limit")
+
+    return check
+
+
+def _is_calls(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={value!r}: give a number of calls to compare, 0 for none")
+
+
+def _is_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: give True or False")
+
+
+def _is_folder(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}={value!r}: give a folder, or None for the temporary one")
+
+
+def _is_executor(name: str, value: Any) -> None:
+    if value is not None and not callable(getattr(value, "submit", None)):
+        raise TypeError(
+            f"{name}={value!r} has no submit(): give a concurrent.futures.Executor, "
+            "or None for frame-swap's own worker processes"
+        )
+
+
+def _parse_switch(text: str) -> Any:
+    return {"0": False, "1": True}.get(text, text)  # other text fails the check
+
+
+# --- The settings ---
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One consistent set of settings. `help(frame_swap.configure)` and docs/settings.md describe them.
+
+    Raises:
+        ValueError, TypeError: a value cannot be used.
+    """
+
+    workers: int = _setting(
+        default_workers,
+        """How many worker processes compile at a time. A change takes effect with the next graph; compiles that
+        have started stay in their workers.""",
+        _is_workers,
+        int,
+        "half of the usable CPUs, from 1 to 4",
+    )
+    when: When = _setting(
+        "ready",
+        """When compiled code is installed. "ready": as soon as it is loaded. "wait": the first call waits for the
+        compile and runs compiled code. "manual": when the program calls `frame_swap.swap()`. "never": nothing is
+        compiled, and the eager code serves all calls.""",
+        _is_one_of(*get_args(When)),
+        str,
+    )
+    delay: float = _setting(
+        0.0,
+        "Seconds between the end of a compile and the loading of its result; for tests.",
+        _is_delay,
+        float,
+    )
+    executor: Executor | None = _setting(
+        None,
+        """Where compiles run: any `concurrent.futures.Executor` whose workers are other processes. None stands for
+        frame-swap's own workers. `job_timeout`, `memory_limit` and `idle_timeout` apply only to these.""",
+        _is_executor,
+        None,
+    )
+    job_timeout: float = _setting(
+        1800.0,
+        """The most seconds that a compile may take in a worker, including the worker's start if it has yet to
+        start. A worker that takes longer is ended, and the eager code goes on serving the graph.""",
+        _is_limit_in("seconds"),
+        float,
+    )
+    memory_limit: float = _setting(
+        math.inf,
+        """The most gigabytes (10^9 bytes) of resident memory for a worker together with the compilers that it runs.
+        A worker that takes more is ended, and the eager code goes on serving its graph. A worker needs half a
+        gigabyte before it compiles anything.""",
+        _is_limit_in("gigabytes"),
+        float,
+        "math.inf",
+    )
+    idle_timeout: float = _setting(
+        300.0,
+        """Seconds after which an idle worker ends. The next compile starts it again, which takes seconds.""",
+        _is_limit_in("seconds"),
+        float,
+    )
+    verify: int = _setting(
+        0,
+        """How many calls of each graph run twice before compiled code serves the graph: in the eager code and in
+        compiled code, on copies of the inputs. Outputs, gradients and changed inputs are compared as PyTorch's
+        accuracy checks compare them. If they differ, the eager code goes on serving the graph. Such a call takes
+        about four times as long, and memory for copies of inputs and parameters.""",
+        _is_calls,
+        int,
+    )
+    repro_dir: str | None = _setting(
+        None,
+        """The folder for everything that is needed to repeat a difference found by `verify`. None stands for the
+        temporary folder.""",
+        _is_folder,
+        str,
+    )
+    profit: bool = _setting(
+        False,
+        """Whether the first calls that compiled code could serve are timed, on the eager code and on compiled code
+        by turns. If compiled code is slower by more than the noise, the eager code goes on serving the graph.""",
+        _is_switch,
+        _parse_switch,
+    )
+
+    def __post_init__(self) -> None:
+        for name, about in _SETTINGS.items():
+            about.check(name, getattr(self, name))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read `FRAME_SWAP_WORKERS`, `FRAME_SWAP_WHEN`, and so on: the setting's name in capitals.
+
+        Raises:
+            ValueError: naming the variable whose value cannot be used.
+        """
+        values: dict[str, Any] = {}
+        for name, about in _SETTINGS.items():
+            variable = _variable(name)
+            text = environ.get(variable)
+            if not text or about.parse is None:
+                continue
+            try:
+                values[name] = about.parse(text)
+                about.check(name, values[name])
+            except ValueError as error:
+                raise ValueError(f"{variable}={text!r} cannot be used: {error}") from None
+        return cls(**values)
+
+
+_SETTINGS: dict[str, _About] = {field.name: field.metadata["about"] for field in dataclasses.fields(Settings)}
+
+
+def _variable(name: str) -> str:
+    return f"FRAME_SWAP_{name.upper()}"
+
+
 def disabled() -> bool:
-    """Whether `FRAME_SWAP_DISABLE` asks for plain stock Inductor."""
+    """Whether the variable `FRAME_SWAP_DISABLE` asks for stock Inductor."""
     return os.environ.get("FRAME_SWAP_DISABLE", "0") not in ("", "0")
 
 
@@ -117,96 +262,51 @@ def current() -> Settings:
     return _current
 
 
-_UNSET: Any = object()
+_P = ParamSpec("_P")
 
 
-def configure(
-    *,
-    workers: int = _UNSET,
-    when: When = _UNSET,
-    delay: float = _UNSET,
-    executor: Executor | None = _UNSET,
-    job_timeout: float = _UNSET,
-    memory_limit: float = _UNSET,
-    idle_timeout: float = _UNSET,
-    verify: int = _UNSET,
-    repro_dir: str | None = _UNSET,
-    profit: bool = _UNSET,
-) -> None:
-    """Change settings for graphs captured from now on; what is not named stays as it is.
+def _takes_fields_of(settings: Callable[_P, Settings]) -> Callable[[Callable[..., None]], Callable[_P, None]]:
+    """Give a function the parameters of `Settings`: for type checkers, in its signature and in its docstring."""
+
+    def apply(function: Callable[..., None]) -> Callable[_P, None]:
+        fields = inspect.signature(Settings).parameters.values()
+        described = "".join(_described(name, about) for name, about in _SETTINGS.items())
+        function.__signature__ = inspect.Signature(list(fields), return_annotation=None)  # type: ignore[attr-defined]
+        function.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("Args:\n", f"Args:\n{described}")
+        return function
+
+    return apply
+
+
+def _described(name: str, about: _About) -> str:
+    text = f"{name}: {about.description} Default: {about.default}."
+    return textwrap.fill(text, 108, initial_indent=" " * 4, subsequent_indent=" " * 8) + "\n"
+
+
+@_takes_fields_of(Settings)
+def configure(**changes: Any) -> None:
+    """Change settings for graphs captured from now on. A setting that is not named stays as it is.
 
     Args:
-        workers: how many worker processes compile at a time. Takes effect with the next graph; compiles under
-            way end where they are.
-        when: "ready" (default) installs compiled code as soon as it is loaded; "wait" makes the first call
-            wait and run compiled code; "manual" installs on `frame_swap.swap()`; "never" compiles nothing and
-            stays on the eager pair.
-        delay: seconds for which a finished compile is held back before it is loaded, for tests.
-        executor: where compiles run: any `concurrent.futures.Executor` whose workers are other processes.
-            None (default) is frame-swap's own workers, which alone heed the next three settings.
-        job_timeout: seconds that a compile may take in a worker, where that has yet to start its start included;
-            1800 by default. A worker that takes longer is ended and its graph stays on the pair.
-        memory_limit: gigabytes (10^9 bytes) of resident memory that a worker may take together with the compilers
-            that it runs; math.inf by default. One that takes more is ended and its graph stays on the pair.
-            A worker needs half a gigabyte before it compiles anything.
-        idle_timeout: seconds after which a worker with nothing to do ends; 300 by default. The next compile
-            starts it again, which takes seconds.
-        verify: how many calls of each graph to make twice before compiled code serves it, by the pair and by
-            compiled code, on copies of the inputs (default 0). Outputs, gradients and changed inputs are compared
-            as PyTorch's accuracy checks do; a graph for which they differ stays on its pair. Such a call takes
-            about four times as long, and memory for copies of inputs and parameters.
-        repro_dir: where to write what it takes to repeat a difference that `verify` finds; by default below the
-            temporary folder.
-        profit: time the first calls that compiled code could serve, on the pair and on compiled code by turns, and
-            stay on the pair where compiled code is slower by more than the noise (default False).
 
     Raises:
-        ValueError, TypeError: a value cannot be used; nothing has changed then.
+        ValueError, TypeError: a value cannot be used, or there is no such setting. Nothing has changed then.
     """
     global _current
-    given: dict[str, Any] = {
-        "workers": workers,
-        "when": when,
-        "delay": delay,
-        "executor": executor,
-        "job_timeout": job_timeout,
-        "memory_limit": memory_limit,
-        "idle_timeout": idle_timeout,
-        "verify": verify,
-        "repro_dir": repro_dir,
-        "profit": profit,
-    }
-    _current = dataclasses.replace(current(), **{k: v for k, v in given.items() if v is not _UNSET})
+    for name in changes:
+        if name not in _SETTINGS:
+            raise TypeError(f"{name!r} is no setting of frame-swap{nearest(name, _SETTINGS)}")
+    _current = dataclasses.replace(current(), **changes)
 
 
-def inductor_options(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What `torch.compile`'s `mode` and `options` mean, as changes to Inductor's config.
-
-    Raises:
-        ValueError: an unknown mode or option, naming the nearest known one, or a value of the wrong type.
-    """
-    import torch._inductor
-    from torch._inductor import config
-
-    changes: dict[str, Any] = {}
-    if mode and mode != "default":
-        try:
-            changes |= torch._inductor.list_mode_options(mode)
-        except (KeyError, RuntimeError):
-            known = torch._inductor.list_mode_options()
-            raise ValueError(f"unknown mode {mode!r}{_nearest(mode, known)}") from None
-    known_options = config.get_config_copy()
-    for key, value in (options or {}).items():
-        name = key.replace("-", "_")
-        if name not in known_options:
-            raise ValueError(f"unknown option {key!r}{_nearest(name, known_options)}")
-        expected = config.get_type(name)  # type: ignore[attr-defined]
-        if isinstance(expected, type) and not isinstance(value, expected):
-            raise ValueError(f"option {key!r}: got {type(value).__name__}, expected {expected.__name__}")
-        changes[name] = value
-    return changes
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def reference() -> str:
+    """The settings as Markdown, for docs/settings.md: a table, then a paragraph for each."""
+    rows = ["| setting | type | default | variable |", "|---|---|---|---|"]
+    paragraphs = []
+    for field in dataclasses.fields(Settings):
+        about = _SETTINGS[field.name]
+        variable = f"`{_variable(field.name)}`" if about.parse is not None else ""
+        kind = str(field.type).replace("When", "str").replace("|", r"\|")
+        rows.append(f"| `{field.name}` | `{kind}` | {about.default} | {variable} |")
+        paragraphs.append(f"**`{field.name}`** {about.description}")
+    return "\n".join(rows) + "\n\n" + "\n\n".join(paragraphs) + "\n"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +77,34 @@ def test_the_environment_sets_what_configure_sets() -> None:
     limits = {"FRAME_SWAP_MEMORY_LIMIT": "4.5", "FRAME_SWAP_IDLE_TIMEOUT": "inf"}
     found = settings.Settings.from_environment(limits)
     assert (found.memory_limit, found.idle_timeout) == (4.5, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wokers", "'wokers' is no setting of frame-swap; did you mean 'workers'"),
+        ("xyz", "no setting of frame-swap$"),
+    ],
+)
+def test_an_unknown_setting_is_refused_and_the_nearest_is_named(name: str, words: str) -> None:
+    before = settings.current()
+    with pytest.raises(TypeError, match=words):
+        frame_swap.configure(when="manual", **{name: 3})
+    assert settings.current() == before
+
+
+def test_configure_takes_and_documents_each_field() -> None:
+    fields = dataclasses.fields(settings.Settings)
+    parameters = inspect.signature(frame_swap.configure).parameters.values()
+    assert [(p.name, p.annotation) for p in parameters] == [(field.name, field.type) for field in fields]
+    assert {p.kind for p in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+    for field in fields:
+        assert f"\n    {field.name}: " in (frame_swap.configure.__doc__ or "")
+
+
+def test_the_documentation_lists_each_setting() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
+    assert settings.reference() in page, "put what settings.reference() returns into docs/settings.md"
 
 
 def test_the_number_of_workers_follows_the_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

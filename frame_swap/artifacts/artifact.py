@@ -141,7 +141,7 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guard
 
     Args:
         state: of the thread and the process at capture.
-        options: changes of Inductor's config, as `settings.inductor_options` has them.
+        options: changes of Inductor's config, as `inductor.options_of` returns them.
         guarded: whether each call finds grad mode as it was at capture, as a frame's guards make sure.
 
     Raises:

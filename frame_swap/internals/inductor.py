@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 from unittest import mock
 
 import torch
 
+from ..errors import nearest
 from .probe import names_looked_up
 
 with names_looked_up():
@@ -28,6 +29,7 @@ __all__ = [
     "changed_configs",
     "functorch_config",
     "inductor_config",
+    "options_of",
     "patch_configs",
     "prepare_cudagraphs",
     "stock_inductor",
@@ -98,3 +100,31 @@ def stock_inductor(
     from torch._inductor.compile_fx import compile_fx
 
     return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=options or None))
+
+
+def options_of(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The changes of Inductor's config that `torch.compile`'s `mode` and `options` ask for.
+
+    Raises:
+        ValueError: an unknown mode or option, naming the nearest known one, or a value of the wrong type.
+    """
+    import torch._inductor
+    from torch._inductor import config
+
+    changes: dict[str, Any] = {}
+    if mode and mode != "default":
+        try:
+            changes |= torch._inductor.list_mode_options(mode)
+        except (KeyError, RuntimeError):
+            known = torch._inductor.list_mode_options()
+            raise ValueError(f"unknown mode {mode!r}{nearest(mode, known)}") from None
+    known_options = config.get_config_copy()
+    for key, value in (options or {}).items():
+        name = key.replace("-", "_")
+        if name not in known_options:
+            raise ValueError(f"unknown option {key!r}{nearest(name, known_options)}")
+        expected = config.get_type(name)  # type: ignore[attr-defined]
+        if isinstance(expected, type) and not isinstance(value, expected):
+            raise ValueError(f"option {key!r}: got {type(value).__name__}, expected {expected.__name__}")
+        changes[name] = value
+    return changes
