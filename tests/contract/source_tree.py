@@ -1,0 +1,149 @@
+"""The modules of a source tree, parsed: what each imports, and which of torch's private names it reaches."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = "frame_swap"
+
+
+class Import(NamedTuple):
+    """One name that a module imports.
+
+    Attributes:
+        name: absolute and dotted; the imported attribute included: `torch.nn` in `from torch import nn`.
+        line: where.
+        types_only: whether it stands below `if TYPE_CHECKING`.
+        at_import: whether it runs when the module is imported, and not when a function is called.
+    """
+
+    name: str
+    line: int
+    types_only: bool
+    at_import: bool
+
+
+@dataclass
+class Module:
+    """A parsed module; `name` is absolute: `frame_swap.guards.predicate` for guards/predicate.py."""
+
+    name: str
+    is_package: bool
+    tree: ast.Module
+    lines: int
+    imports: list[Import] = field(default_factory=list)
+
+    @property
+    def room(self) -> str:
+        """The first name below the package; `__init__` for the package itself."""
+        return (self.name.split(".") + ["__init__"])[1]
+
+
+def modules(root: Path) -> dict[str, Module]:
+    """All modules of frame_swap/ and guards/ below `root`, by name; the link frame_swap/guards is not followed."""
+    found = {}
+    for folder, prefix in ((root / PACKAGE, PACKAGE), (root / "guards", f"{PACKAGE}.guards")):
+        for path in sorted(folder.rglob("*.py")):
+            within = path.relative_to(folder)
+            if folder.name == PACKAGE and within.parts[0] == "guards":
+                continue
+            is_package = path.stem == "__init__"
+            parts = within.parent.parts if is_package else within.with_suffix("").parts
+            text = path.read_text(encoding="utf-8")
+            module = Module(".".join((prefix, *parts)), is_package, ast.parse(text), len(text.splitlines()))
+            module.imports = list(_imports(module, module.tree, types_only=False, at_import=True))
+            found[module.name] = module
+    return found
+
+
+def target(name: str, known: dict[str, Module]) -> str | None:
+    """The module of the tree that importing `name` reaches; None where `name` is not of this package."""
+    if name.split(".")[0] != PACKAGE:
+        return None
+    while name not in known and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def is_private(name: str) -> bool:
+    """Whether a name begins with one underscore, and is more than that."""
+    return name.startswith("_") and not name.startswith("__") and name.strip("_") != ""
+
+
+def own_names(tree: ast.Module) -> set[str]:
+    """The private names that a module defines: its functions, classes, variables, arguments and attributes."""
+    names = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                names.add(name)
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+                names.add(name)
+            case ast.alias(asname=str(name)):
+                names.add(name)
+            case ast.Assign(targets=[ast.Name(id="__slots__")], value=ast.Tuple() | ast.List() as value):
+                names |= {item.value for item in value.elts if isinstance(item, ast.Constant)}
+    return {name for name in names if isinstance(name, str) and is_private(name)}
+
+
+def dotted(node: ast.AST) -> list[str] | None:
+    """`["a", "b", "c"]` for the expression `a.b.c`; None for another expression."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    return [node.id, *parts] if isinstance(node, ast.Name) else None
+
+
+def bound_names(module: Module) -> dict[str, str]:
+    """What imported names stand for: `{"nn": "torch.nn"}` for `from torch import nn`."""
+    bound = {}
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.name if alias.asname else alias.name.split(".")[0]
+                bound[alias.asname or name] = name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                bound[alias.asname or alias.name] = f"{_origin(module, node)}.{alias.name}"
+    return bound
+
+
+def _imports(module: Module, node: ast.AST, *, types_only: bool, at_import: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        inside_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        match child:
+            case ast.Import(names=names):
+                for alias in names:
+                    yield Import(alias.name, child.lineno, types_only, at_import)
+            case ast.ImportFrom(names=names):
+                for alias in names:
+                    yield Import(f"{_origin(module, child)}.{alias.name}", child.lineno, types_only, at_import)
+            case ast.Call(func=func, args=[ast.Constant(value=str(name)), *_]) if _imports_by_name(func):
+                yield Import(name, child.lineno, types_only, at_import)
+        if isinstance(child, ast.If) and (dotted(child.test) or [""])[-1] == "TYPE_CHECKING":
+            for part in child.body:
+                yield from _imports(module, ast.Module([part], []), types_only=True, at_import=False)
+            for part in child.orelse:
+                yield from _imports(module, ast.Module([part], []), types_only=types_only, at_import=at_import)
+        else:
+            yield from _imports(module, child, types_only=types_only, at_import=at_import and not inside_function)
+
+
+def _imports_by_name(function: ast.expr) -> bool:
+    return (dotted(function) or [""])[-1] in ("import_module", "__import__")
+
+
+def _origin(module: Module, node: ast.ImportFrom) -> str:
+    """The absolute name of the module that `from ... import` names."""
+    if not node.level:
+        return node.module or ""
+    package = module.name.split(".")
+    package = package[: len(package) - node.level + module.is_package]
+    return ".".join([*package, *([node.module] if node.module else [])])
