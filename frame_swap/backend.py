@@ -24,8 +24,8 @@ import sympy
 import torch
 
 from . import guards, settings
-from .artifacts import artifact
-from .artifacts.wrappers import Compiled
+from .artifacts import load
+from .artifacts.compiled import Compiled
 from .checking import repro
 from .checking.comparison import copy_of_graph
 from .checking.profit import Measurement
@@ -121,7 +121,7 @@ def _answer(
         whole = dynamo.captured_whole(gm)
         trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline, whole)
     if when == "wait":
-        artifact.prepare()  # while the worker compiles
+        load.prepare()  # while the worker compiles
         _on_outcome(shipment, job.wait(), frame_open=True)
     return trampoline
 
@@ -172,7 +172,7 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
         try:
             with region.timed("load_s"):
                 state, guarded = shipment.parcel.state, trampoline.site is not None
-                compiled = artifact.load(outcome.artifact, state, shipment.options, guarded=guarded)
+                compiled = load.load(outcome.artifact, state, shipment.options, guarded=guarded)
                 region.wrappers = compiled.wrappers
                 if shipment.has_effects:  # which may have happened before a call raises
                     compiled = compiled._replace(repeatable=False)

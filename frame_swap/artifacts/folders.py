@@ -1,18 +1,19 @@
-"""The folders that code is loaded from: this user's own, and closed to all others.
+"""The folders that code is loaded from: they belong to this user, and nobody else can write to them.
 
-Whoever can put a file into the folder of a compile cache runs code in each program that uses it. So before
-anything in one is unpickled or loaded, it is checked:
+A user who can put a file into the folder of a compile cache runs code in each program that uses the cache. So a
+folder is checked before anything in it is unpickled or loaded.
 
-- It belongs to this user, and nobody else can write to it. Where others can look into it, the same holds of all
-  that is in it; where they cannot, they reach nothing in it.
-- Nobody can put another in its place: each folder on the way there, links followed, belongs to this user or to the
-  system's, and is not writable for others, unless it is sticky, as /tmp is.
+Guarantees, of a folder that was checked:
+- It belongs to this user, and nobody else can write to it. If others can enter it, the same holds of everything in
+  it; if they cannot, they reach nothing in it.
+- Nobody can put another folder in its place: each folder on its path, links followed, belongs to this user or to
+  the system's, and is not writable for others, unless it is sticky, as /tmp is.
 
-A cache folder that fails is not used; a fresh one of this process takes its place, and a warning says so. The
-default folder, which Inductor or we have made, is closed to others on the way (0700); the mode of one that the
-program has named is the program's affair.
+A cache folder that fails the check is not used: a fresh one of this process replaces it, and a warning says so. The
+default folder, made by Inductor or by us, is closed to others first (0700). The mode of a folder that the program
+has named is left to the program.
 
-Not looked at: access control lists, and what mounts a folder.
+Not checked: access control lists, and the filesystem that a folder is mounted from.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from unittest import mock
+
+from ..runtime.patching import patched_environment
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 TRITON = "TRITON_CACHE_DIR"
@@ -34,20 +36,20 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Unsafe(Exception):
-    """Others could put code there; the message says where, and why."""
+    """Others could put code into a folder; the message names the place and the reason."""
 
 
 def check(folder: str) -> None:
-    """See that nothing in `folder` can come from another user.
+    """Check that nothing in `folder` can come from another user.
 
     Raises:
         Unsafe: it might.
-        OSError: it cannot be looked at.
+        OSError: the folder or something in it cannot be read.
     """
     place = _follow(folder)
     found = os.stat(place)
     if not stat.S_ISDIR(found.st_mode):
-        raise Unsafe(f"{folder} is no folder")
+        raise Unsafe(f"{folder} is not a folder")
     _check_own(place, found)
     identity = (found.st_dev, found.st_ino)
     if found.st_mode & _OTHERS and identity not in _searched:
@@ -57,22 +59,22 @@ def check(folder: str) -> None:
 
 
 _searched: set[tuple[int, int]] = set()
-"""Folders in which all was found in order. What comes in later, only this user's programs have put there."""
+"""Device and inode of folders whose content was checked. Only this user's programs can have added to it since."""
 
 
 @contextlib.contextmanager
 def safe_caches() -> Iterator[list[str]]:
     """Within the block, Inductor's and Triton's cache folders are this user's alone.
 
-    Process-wide, so only under Dynamo's compile lock. Gives what the user should be warned of.
+    Process-wide, so only under Dynamo's compile lock. Yields remarks that the user should be warned with.
 
     Raises:
-        OSError: a folder cannot be made or looked at.
+        OSError: a folder cannot be made or read.
     """
     used, remarks = {}, []
     for variable, default in ((INDUCTOR, default_cache()), (TRITON, None)):
         folder = os.environ.get(variable) or default
-        if folder is None:  # Triton's is within Inductor's then
+        if folder is None:  # Triton's is within Inductor's, then
             continue
         try:
             _check_cache(folder, ours=folder == default)
@@ -80,20 +82,20 @@ def safe_caches() -> Iterator[list[str]]:
             used[variable] = os.path.join(_private(), variable.lower())
             remarks.append(
                 f"the cache folder {folder} is not used, since others may put code there: {error}. A private one, "
-                f"gone with the process, takes its place; chmod -R go-rwx mends one of your own, or set {variable}"
+                f"removed with the process, replaces it; chmod -R go-rwx makes your own safe, or set {variable}"
             )
         else:
             used[variable] = folder
-    with mock.patch.dict(os.environ, used):
+    with patched_environment(used):
         yield remarks
 
 
 def default_cache() -> str:
-    """Where Inductor keeps its files unless told otherwise."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    """The folder that Inductor keeps its files in unless told otherwise."""
+    from ..internals import inductor
 
-    # A worker has its compilers keep temporary files elsewhere; the cache stays where the program's is.
-    return os.path.join(_program_temp(), os.path.basename(default_cache_dir()))
+    # A worker has a temporary folder of its own; the cache is in the program's.
+    return os.path.join(_program_temp(), inductor.default_cache_name())
 
 
 @functools.cache
@@ -102,7 +104,10 @@ def _program_temp() -> str:
 
 
 def keep_temporary_files_in(folder: str) -> None:
-    """From now on, of this process and those that it starts. Call before a cache folder is asked for."""
+    """Use `folder` for temporary files, in this process and those that it starts from now on.
+
+    The cache folders stay where they were.
+    """
     _program_temp()
     tempfile.tempdir = folder
     os.environ["TMPDIR"] = folder
@@ -111,34 +116,34 @@ def keep_temporary_files_in(folder: str) -> None:
 def _check_cache(folder: str, *, ours: bool) -> None:
     _make(folder)
     found = os.stat(folder)
-    # `torch.compile` itself makes the default folder, as the umask says.
+    # `torch.compile` itself makes the default folder, with a mode from the umask.
     empty = ours and found.st_uid == os.geteuid() and not os.listdir(folder)
     if not empty:
         check(folder)
     if ours:
         os.chmod(folder, stat.S_IRWXU)
     if empty:
-        if os.listdir(folder):  # in between
+        if os.listdir(folder):  # somebody was faster
             os.chmod(folder, stat.S_IMODE(found.st_mode))
         check(folder)
 
 
 def _make(folder: str) -> None:
-    """`folder`, and what is missing on the way there, each 0700; whatever the umask, which is the process's."""
+    """Make `folder` and the missing folders on its path, each 0700, whatever the umask, which is process-wide."""
     missing = []
     while not os.path.lexists(folder):
         missing.append(folder)
         folder = os.path.dirname(os.path.abspath(folder))
     for one in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another process was faster; what it made is checked
+        with contextlib.suppress(FileExistsError):  # made by another process meanwhile; it is checked like any
             os.mkdir(one, stat.S_IRWXU)
 
 
 def _follow(path: str) -> str:
-    """The place that `path` leads to.
+    """The path that `path` leads to, links followed.
 
     Raises:
-        Unsafe: others decide where it leads.
+        Unsafe: others could change that.
     """
     place, rest = "/", [part for part in os.path.abspath(path).split("/") if part]
     for _ in range(200):
@@ -177,7 +182,7 @@ def _everything_in(folder: str) -> Iterator[os.DirEntry[str]]:
 
 @functools.cache
 def _trusted() -> set[int]:
-    """This user, and root; in a user namespace, the root outside of it has another number."""
+    """The ids of this user and root; in a user namespace, the root outside of it has another number."""
     return {os.geteuid(), 0, os.stat("/").st_uid}
 
 
@@ -194,7 +199,7 @@ _private_of: dict[int, str] = {}
 
 
 def _private() -> str:
-    """A folder of this process, removed at its end; a forked child has another."""
+    """A folder of this process, removed at exit. A forked child has its own."""
     import atexit
 
     pid = os.getpid()

@@ -1,8 +1,8 @@
 """Compiled C++ kernels travel inside the artifact.
 
-Inductor's generated Python names its C++ kernels by their source, and loading it compiles each one again, or
-finds it in a cache directory by a key that takes compiler runs to compute. The worker therefore records which
-shared library each source became, and the calling process is given those libraries instead of a compiler.
+Inductor's generated Python names its C++ kernels by their source. To load it is to compile each one again, or to
+find it in a cache folder by a key that takes compiler runs to compute. The worker therefore records the shared
+library that each source became, and the program is given those libraries in place of a compiler.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+from ..internals import inductor
+from ..runtime.patching import patched
 from . import folders
 
 Libraries = dict[str, bytes]
-"""Shared libraries by the digest of what they were compiled from."""
+"""Shared libraries, by the digest of their source."""
 
 
 class NotInArtifact(RuntimeError):
-    """The artifact's code asks for a kernel that did not come with it."""
+    """An artifact's code loads a kernel that the artifact does not hold."""
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Libraries]:
-    """In a worker: gather each C++ library that Inductor compiles within the block; complete at its end."""
-    from torch._inductor.codecache import CppCodeCache
-
-    compile_library = CppCodeCache.load_async.__func__  # type: ignore[attr-defined]
+    """In a worker: gather the C++ libraries that Inductor compiles within the block. Complete at its end."""
+    cache = inductor.cpp_code_cache()
+    compile_library = cache.load_async.__func__
     pending: dict[str, Callable[[], Any]] = {}
     libraries: Libraries = {}
 
@@ -39,37 +39,37 @@ def recorded() -> Iterator[Libraries]:
         pending[_digest(cls, main_code, device_type, kwargs.get("optimized_code"))] = library
         return library
 
-    with mock.patch.object(CppCodeCache, "load_async", classmethod(load_async)):
+    with patched(cache, "load_async", classmethod(load_async)):
         yield libraries
     for digest, library in pending.items():
-        loaded = library()
-        libraries[digest] = Path(getattr(loaded, "__file__", None) or loaded._name).read_bytes()
+        libraries[digest] = Path(inductor.cpp_library_file(library())).read_bytes()
 
 
 @contextlib.contextmanager
 def supplied(libraries: Libraries) -> Iterator[None]:
-    """In the calling process: load from `libraries` what generated code asks for. Nothing is compiled.
+    """In the program: generated code that is loaded within the block gets its kernels from `libraries`.
+
+    Nothing is compiled.
 
     Process-wide, so only under Dynamo's compile lock.
 
     Raises:
-        NotInArtifact, folders.Unsafe, OSError: from within the block.
+        NotInArtifact, folders.Unsafe, OSError: from code within the block.
     """
-    from torch._inductor.codecache import CppCodeCache
 
     def load_async(cls: Any, /, main_code: str, device_type: str = "cpu", **kwargs: Any) -> Callable[[], Any]:
         digest = _digest(cls, main_code, device_type, kwargs.get("optimized_code"))
         if digest not in libraries:
             raise NotInArtifact(f"a {device_type} kernel of {len(main_code)} characters")
-        # Once it is mapped, the library needs no file.
+        # Once it is mapped, a library needs no file.
         with tempfile.TemporaryDirectory(prefix="frame-swap-") as folder:  # 0700
             folders.check(folder)
             file = Path(folder, f"{digest}.so")
             file.write_bytes(libraries[digest])
-            library = cls._load_library(str(file), digest)
+            library = inductor.load_cpp_library(cls, str(file), digest)
         return lambda: library
 
-    with mock.patch.object(CppCodeCache, "load_async", classmethod(load_async)):
+    with patched(inductor.cpp_code_cache(), "load_async", classmethod(load_async)):
         yield
 
 

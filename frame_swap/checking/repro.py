@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifacts import artifact, folders
+from ..artifacts import folders, load
 from ..errors import UnusableFolder
 from ..farm.local import worker
 from ..internals import inductor
@@ -78,7 +78,7 @@ def difference(folder: Path) -> str:
     if outcome.artifact is None:
         raise UnusableFolder(f"its graph does not compile: {outcome.error}\n{outcome.details}")
     opened = ship.open_parcel(parcel)
-    compiled = artifact.load(outcome.artifact, opened.state, opened.options, guarded=False)
+    compiled = load.load(outcome.artifact, opened.state, opened.options, guarded=False)
     gm, _, _ = ship.unpack_graph(opened.graph, call["sizes"])
     settings = {**opened.state.configs["inductor"], **opened.options}
     with opened.state.applied_to_thread():

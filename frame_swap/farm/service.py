@@ -35,7 +35,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from .. import settings
-from ..artifacts import artifact
+from ..artifacts import load
 from ..errors import first_line
 from .local import worker
 from .local.pool import Lost, Pool, Terms, kill_all, register_at_exit
@@ -126,7 +126,7 @@ class Service:
             else:
                 job._future = executor.submit(compile_parcel)
             if deliver is not None:
-                self._load_soon(artifact.prepare)
+                self._load_soon(load.prepare)
         except Exception as error:
             advice = "frame_swap.configure(executor=None) uses frame-swap's own workers"
             whose = "the worker processes" if executor is None else f"{type(executor).__name__}; {advice}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from .eval_frame import watched_by_mode
 from .probe import names_looked_up
 
@@ -26,6 +29,8 @@ with names_looked_up():
     )
 
 __all__ = [
+    "MATERIALIZES_OTHERS",
+    "UNCHECKED_TENSORS",
     "FunctionalizedRngRuntimeWrapper",
     "OutputType",
     "RuntimeWrapper",
@@ -33,6 +38,7 @@ __all__ = [
     "aot_autograd",
     "boxed_nop",
     "coerce_to_expected_memory_format",
+    "derive_function",
     "gen_alias_from_base",
     "has_external_objects",
     "keeps_graph",
@@ -40,6 +46,7 @@ __all__ = [
     "peek_interpreter_stack",
     "runs_hooks",
     "saving_is_traced",
+    "takes_boxed_grads",
 ]
 
 
@@ -56,3 +63,30 @@ def runs_hooks() -> bool:
 def has_external_objects() -> bool:
     """Whether a graph of this process uses streams or events, which AOTAutograd hands on to backwards (2.15)."""
     return bool(getattr(runtime_wrappers, "index_to_external_object_weakref", None))
+
+
+UNCHECKED_TENSORS = "_tensors_no_vc_check"
+"""The attribute of an `autograd.Function`'s `ctx` for saved tensors whose version is not checked."""
+
+MATERIALIZES_OTHERS = "_materialize_non_diff_grads"
+"""The attribute of a `ctx`: whether zeros stand for gradients of outputs that are marked non-differentiable."""
+
+
+def takes_boxed_grads(function: Any) -> bool:
+    """Whether the backward of a `CompiledFunction` takes all gradients in one list (from torch 2.12 on)."""
+    return bool(getattr(function, "boxed_grads_call", False))
+
+
+def derive_function(
+    function: Any, forward: Callable[..., Any], backward: Callable[..., Any], boxed_grads: bool
+) -> Any:
+    """A class derived from AOTAutograd's `CompiledFunction` that runs these two."""
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    derived: Any = type(function)(function.__name__, (function,), methods)
+    node = derived._backward_cls
+    # Forwards that save none of these do not set them.
+    node.symints = node.opaque_objects = ()
+    setattr(node, UNCHECKED_TENSORS, ())
+    # The method that autograd's engine calls; its default looks up `backward`.
+    setattr(node, "apply_boxed" if boxed_grads else "apply", backward)
+    return derived

@@ -25,6 +25,9 @@ with names_looked_up():
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+    is_view = torch.Tensor._is_view
+    unsafe_view = torch.ops.aten._unsafe_view.default
+
 __all__ = [
     "accuracy_tolerance",
     "backend_flags_unlocked",
@@ -37,6 +40,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_thread_local",
     "is_traceable_wrapper_subclass",
+    "is_view",
     "is_view_replay_enabled",
     "neg_view",
     "no_autocast",
@@ -46,6 +50,7 @@ __all__ = [
     "storage_id",
     "thread_local",
     "tracer_class",
+    "unsafe_view",
 ]
 
 

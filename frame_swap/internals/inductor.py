@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
-from unittest import mock
 
 import torch
 
@@ -27,8 +28,18 @@ __all__ = [
     "asks_for_cudagraphs",
     "backward_before_forward",
     "changed_configs",
+    "cpp_code_cache",
+    "cpp_library_file",
+    "default_cache_name",
+    "forget_metrics",
     "functorch_config",
+    "import_loading",
     "inductor_config",
+    "is_compiled_graph",
+    "load_cpp_library",
+    "loaded_modules_forgotten",
+    "loading_is_imported",
+    "loading_options",
     "options_of",
     "patch_configs",
     "prepare_cudagraphs",
@@ -89,8 +100,12 @@ def backward_before_forward() -> Iterator[None]:
 
         graph.current_callable = run
 
-    with mock.patch.object(output_code, "maybe_handle_backward_generation", tell_manager):
+    usual = output_code.maybe_handle_backward_generation
+    output_code.maybe_handle_backward_generation = tell_manager  # type: ignore[assignment]
+    try:
         yield
+    finally:
+        output_code.maybe_handle_backward_generation = usual
 
 
 def stock_inductor(
@@ -128,3 +143,80 @@ def options_of(mode: str | None, options: Mapping[str, Any] | None) -> dict[str,
             raise ValueError(f"option {key!r}: got {type(value).__name__}, expected {expected.__name__}")
         changes[name] = value
     return changes
+
+
+def default_cache_name() -> str:
+    """The name, in the temporary folder, of the folder that Inductor uses unless told otherwise."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return os.path.basename(default_cache_dir())
+
+
+# Loading
+
+_LOADING = "torch._inductor.select_algorithm"
+
+
+def loading_is_imported() -> bool:
+    """Whether the modules that loading needs are imported, or are being imported by another thread."""
+    return _LOADING in sys.modules
+
+
+def import_loading() -> None:
+    """Import the modules that loading needs: most of a second."""
+    importlib.import_module(_LOADING)
+
+
+def loading_options() -> dict[str, Any]:
+    """The argument `fx_config` of `wrap_post_compile`, for an artifact whose forward has not run."""
+    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+    from torch._inductor.utils import BoxedBool
+
+    return {
+        "cudagraphs": BoxedBool(inductor_config.triton.cudagraphs),
+        "boxed_forward_device_index": BoxedDeviceIndex(None),
+    }
+
+
+def is_compiled_graph(value: Any) -> bool:
+    """Whether this is Inductor's object for one compiled direction."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    return isinstance(value, CompiledFxGraph)
+
+
+def forget_metrics(direction: Any) -> None:
+    """Keep the load of one direction from counting as a compile, as it does with a part of the metrics."""
+    from torch._inductor.metrics import CachedMetricsDeltas, get_metric_fields
+
+    if hasattr(direction, "result") and hasattr(direction.result, "metrics_deltas"):
+        direction.result.metrics_deltas = CachedMetricsDeltas(**dict.fromkeys(get_metric_fields(), 0))
+        direction.result.counter_deltas.clear()
+
+
+@contextlib.contextmanager
+def loaded_modules_forgotten() -> Iterator[None]:
+    """Remove the generated modules that are loaded in this block from Inductor's list."""
+    from torch._inductor.codecache import PyCodeCache
+
+    known = len(PyCodeCache.modules)
+    yield
+    del PyCodeCache.modules[known:]
+
+
+def cpp_code_cache() -> Any:
+    """The class whose `load_async` compiles C++ kernels, or finds them in a cache, and loads the library."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache
+
+
+def load_cpp_library(cache: Any, file: str, key: str) -> Any:
+    """Load a shared library as `cache` does, a class from `cpp_code_cache` or one derived from that."""
+    return cache._load_library(file, key)
+
+
+def cpp_library_file(library: Any) -> str:
+    """The path of a shared library that Inductor has loaded: an extension module, or one of ctypes'."""
+    file: str = getattr(library, "__file__", None) or library._name
+    return file

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import settings
-from ..artifacts.wrappers import Compiled, had_effects
+from ..artifacts.compiled import Compiled, is_repeatable
 from ..checking.trial import Sides, Trial
 from ..codegen.rewriting import Condition, predicate
 from ..errors import FrameGone, Indirect, UnknownLayout, first_line
@@ -144,7 +144,7 @@ class Trampoline:
             if (
                 served is None
                 or not served.repeatable
-                or had_effects(error)
+                or not is_repeatable(error)
                 or isinstance(error, torch.OutOfMemoryError)  # the pair needs more; who catches it tries with less
                 or aot.runs_hooks()  # theirs, perhaps: activation checkpointing ends a recomputation so
             ):

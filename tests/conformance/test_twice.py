@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import frame_swap
-from frame_swap.artifacts import artifact
-from frame_swap.artifacts.wrappers import Compiled
+from frame_swap.artifacts import load
+from frame_swap.artifacts.compiled import Compiled
 from frame_swap.checking.arguments import Arguments, Uncopyable
 from frame_swap.internals import dynamo
 
@@ -205,10 +205,10 @@ def test_a_call_ends_in_the_rewritten_frame() -> None:
 
 @pytest.mark.usefixtures("calls_made_twice")
 def test_a_mismatch_names_the_graph_and_does_not_stop_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = artifact.load
+    usual = load.load
 
     def load_wrong(*args: Any, **options: Any) -> Compiled:
-        compiled = load(*args, **options)
+        compiled = usual(*args, **options)
 
         def off_by_one(*inputs: Any) -> tuple[Any, ...]:
             return (compiled.call(*inputs)[0] + 1,)
@@ -216,7 +216,7 @@ def test_a_mismatch_names_the_graph_and_does_not_stop_the_call(monkeypatch: pyte
         dynamo.skip_frames(off_by_one.__code__)
         return compiled._replace(call=off_by_one, boxed=None)
 
-    monkeypatch.setattr(artifact, "load", load_wrong)
+    monkeypatch.setattr(load, "load", load_wrong)
 
     @torch.compile(backend="frame_swap")
     def double(x: Tensor) -> Tensor:

@@ -52,15 +52,15 @@ def initialize(*args: Any) -> None:
 
     def arm_imported() -> None:
 
-        from frame_swap.artifacts import artifact
+        from frame_swap.artifacts import load
         from frame_swap.internals import inductor
 
         if fault.when == "compiling":
             precede(inductor, "stock_inductor", strike)
         elif fault.when == "loading":
-            precede(artifact, "load", strike)
+            precede(load, "load", strike)
         elif fault.when == "packing":
-            precede(artifact, "pack", strike)
+            precede(load, "pack", strike)
 
     worker._compile = compile_watched
     if fault.when == "importing":
@@ -150,7 +150,7 @@ def finds_the_disk_full() -> None:
 
 def libraries_crash_when_loaded() -> None:
     """Those of the compile that is being packed."""
-    from frame_swap.artifacts import artifact
+    from frame_swap.artifacts import load
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "crash.c")
@@ -168,4 +168,4 @@ def libraries_crash_when_loaded() -> None:
             content = entry, dict.fromkeys(kernels, crashing)
         return pickle.dumps(content)
 
-    artifact.pickle = types.SimpleNamespace(dumps=dump_crashing, loads=pickle.loads)  # type: ignore[assignment]
+    load.pickle = types.SimpleNamespace(dumps=dump_crashing, loads=pickle.loads)  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """Stopping a thread of the program at a chosen moment, so that a test does something meanwhile.
 
-with Moment(monkeypatch, artifact, "load") as loading:
+with Moment(monkeypatch, load, "load") as loading:
     compiled(x)
     loading.wait()  # the loader thread is about to load, and goes no further
     torch._dynamo.reset()

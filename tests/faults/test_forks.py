@@ -18,9 +18,9 @@ PROGRAM = """
     import torch
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     import frame_swap
-    from frame_swap.internals import dynamo
+    from frame_swap.internals import dynamo, inductor
     from frame_swap import region
-    from frame_swap.artifacts import artifact
+    from frame_swap.artifacts import load
     from frame_swap.farm.local import pool
     from frame_swap.shipping import ship
     from frame_swap.farm.service import Service, service
@@ -120,8 +120,8 @@ def test_while_a_worker_compiles(run_program: Any) -> None:
 
 MOMENTS = {
     # The loader thread holds Dynamo's compile lock, and much of Inductor is patched.
-    "a load": ("artifact, 'load', after=True", "check()"),
-    "an import": ("artifact.importlib, 'import_module'", "check()"),
+    "a load": ("load, 'load', after=True", "check()"),
+    "an import": ("inductor, 'import_loading'", "check()"),
     # Another thread's call has rewritten the entry, under Dynamo's compile lock.
     "an install": (
         "cache_entry, 'replace_code', after=True",

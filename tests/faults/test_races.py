@@ -21,7 +21,7 @@ import torch
 import frame_swap
 from faults.moments import HANG, Canned, InBackground, Moment, interrupted
 from frame_swap import State, backend, region
-from frame_swap.artifacts import artifact
+from frame_swap.artifacts import load
 from frame_swap.frames import cache_entry
 from frame_swap.internals import dynamo
 from frame_swap.shipping import ship
@@ -47,7 +47,7 @@ class Program:
     def _watch_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._watch(monkeypatch, ship, "pack", lambda args, _: [args[0]])
         self._watch(monkeypatch, backend, "trace_pair", lambda args, pair: [args[0], pair])
-        self._watch(monkeypatch, artifact, "load", lambda args, compiled: [compiled.call])
+        self._watch(monkeypatch, load, "load", lambda args, compiled: [compiled.call])
         self._watch(monkeypatch, backend.service, "submit", lambda args, job: [job])
         self._watch(monkeypatch, backend, "_on_outcome", lambda args, _: [args[1]])
 
@@ -118,7 +118,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Program]:
 def loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Program]:
     """The loader thread loads, under Dynamo's compile lock."""
     program = Program(monkeypatch)
-    with Moment(monkeypatch, artifact, "load", after=True) as moment:
+    with Moment(monkeypatch, load, "load", after=True) as moment:
         program.check()
         moment.wait()
         yield program

@@ -282,7 +282,7 @@ def _advice(failure: BaseException) -> str:
 def _compile(
     parcel: bytes, sizes: dict[str, int], keep_echo: Callable[[bytes], None], remarks: list[str]
 ) -> tuple[bytes, bytes]:
-    from ...artifacts import artifact, folders, libraries
+    from ...artifacts import folders, libraries, load
     from ...internals import dynamo, fake_tensors, inductor
     from ...shipping import echo, ship
 
@@ -322,10 +322,10 @@ def _compile(
             compiled: Any = inductor.stock_inductor(gm, inputs, options)
             entry = compiled.serialize()
         late = [guard.expr for guard in shapes.guards[known:]]
-        packed = artifact.pack(entry, kernels)
+        packed = load.pack(entry, kernels)
         del compiled, entry, kernels
         _note("loading what it had compiled")
-        artifact.try_out(packed, state, options)
+        load.try_out(packed, state, options)
         return packed, pickle.dumps(late)
 
 

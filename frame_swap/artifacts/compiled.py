@@ -1,0 +1,39 @@
+"""Compiled code that is ready to be called, and the errors that it raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Boxed = Callable[[list[Any]], Any]
+"""Takes the graph's inputs in one list, which it empties."""
+
+
+class Compiled(NamedTuple):
+    """Compiled code.
+
+    Attributes:
+        call: takes the graph's inputs, returns the sequence of its outputs.
+        boxed: Inductor's own function, if a call of it needs no wrapper at all; else None.
+        wrappers: the wrappers of AOTAutograd's that are still called with it, by our names for them.
+        repeatable: whether a call may be made again after it raised, unless `is_repeatable` denies it for the
+            error. It may where no input has been changed.
+    """
+
+    call: Callable[..., Any]
+    boxed: Boxed | None
+    wrappers: tuple[str, ...]
+    repeatable: bool
+
+
+def is_repeatable(error: BaseException) -> bool:
+    """Whether the call that raised `error` had changed no input yet, as far as its wrapper knows."""
+    return not hasattr(error, _MARK)
+
+
+def mark_unrepeatable(error: BaseException) -> None:
+    """The call that raised `error` has changed inputs."""
+    setattr(error, _MARK, True)
+
+
+_MARK = "frame_swap_unrepeatable"

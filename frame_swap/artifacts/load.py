@@ -1,0 +1,99 @@
+"""Pack artifacts in a worker; make them callable in the program, as `compile_fx` would have done there."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+from ..internals import dynamo, fake_tensors, inductor
+from ..shipping import echo
+from ..shipping.process_state import ProcessState
+from . import folders, libraries
+from .compiled import Compiled
+from .seal import seal, unseal
+from .wrappers.replacement import Replacement
+
+
+def prepare() -> None:
+    """Import the modules that loading needs, ahead of it. Returns at once if that was done before.
+
+    The import takes most of a second. It holds the compile lock, so that it begins when Dynamo is done with the
+    frame; otherwise the first call would pay for it.
+    """
+    if inductor.loading_is_imported():
+        return
+    with dynamo.compile_lock:
+        inductor.import_loading()
+
+
+class Deferred:
+    """The backward's FX graph, unpickled on demand: only compiled autograd asks for it.
+
+    To unpickle an FX graph is to trace it. `nn.Module.__call__` is patched for all threads meanwhile: a module that
+    the program calls at that moment would be traced too.
+    """
+
+    def __init__(self, graph: Any) -> None:
+        self._pickled = pickle.dumps(graph)
+
+    def deserialize(self) -> Any:
+        """The FX graph. AOTAutograd calls this method on the object that this one replaces."""
+        return pickle.loads(self._pickled).deserialize()
+
+
+def pack(entry: Any, kernels: libraries.Libraries) -> bytes:
+    """The sealed artifact of one compile.
+
+    Args:
+        entry: AOTAutograd's cache entry, in which the result of the compile is bundled.
+        kernels: the compiled C++ libraries that it loads.
+    """
+    if entry.serialized_bw_module is not None:
+        entry.serialized_bw_module = Deferred(entry.serialized_bw_module)
+    return seal(pickle.dumps((entry, kernels)))
+
+
+def try_out(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> None:
+    """Load an artifact in the worker that made it, so that an artifact which crashes a process crashes the worker.
+
+    Inductor forgets the modules that were loaded.
+    """
+    with inductor.loaded_modules_forgotten():
+        load(artifact, state, options, guarded=True)
+
+
+def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guarded: bool) -> Compiled:
+    """Load a worker's artifact: compiled forward and backward, in the wrappers that its graph needs.
+
+    Holds Dynamo's compile lock meanwhile, since configs are process-wide.
+
+    Args:
+        state: the thread and the process at capture.
+        options: changes of Inductor's config, as `inductor.options_of` returns them.
+        guarded: whether grad mode is the same at each call as at capture. A frame's guards make sure of that.
+
+    Raises:
+        UnusableArtifact: the artifact is damaged, or made for another installation or machine. Nothing of it has
+            been unpickled.
+
+    PyTorch's own `deserialize_bundled_cache_entry` does the same; but it copies the entry, to be able to serialise
+    it again, which we never do.
+    """
+    content = unseal(artifact)
+    config = inductor.inductor_config.patch({**state.configs["inductor"], **options})
+    with dynamo.compile_lock, state.applied_to_thread(), config, folders.safe_caches():
+        entry, kernels = pickle.loads(content)
+        entry.guards_expr = None  # late guards are evaluated by us: see guards/
+        for direction in (entry.compiled_fw, entry.compiled_bw):
+            inductor.forget_metrics(direction)
+        fake_mode = fake_tensors.FakeTensorMode(shape_env=fake_tensors.ShapeEnv())
+        replacement = Replacement(entry, state.grad if guarded else None)
+        with (
+            fake_tensors.tracing(fake_tensors.TracingContext(fake_mode)),
+            libraries.supplied(kernels),
+            echo.muted(),
+            inductor.backward_before_forward(),
+            replacement.applied(),
+        ):
+            outermost = entry.wrap_post_compile([], entry.sanitized_aot_config, inductor.loading_options())
+        return replacement.result(outermost)

@@ -1,0 +1,77 @@
+"""A header for artifacts: what the code was made for, its length and its digest.
+
+A sealed artifact is a line of JSON, the header, and then the content, a pickle. The content is not read unless it
+is whole and was made for a process like this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from typing import Any
+
+import torch
+
+from ..errors import UnusableArtifact
+
+_FORMAT = 1
+
+
+def made_for() -> dict[str, Any]:
+    """The installation and the machine that code compiled in this process can be used with."""
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "frame-swap artifact": _FORMAT,
+        "torch": str(torch.__version__),
+        "python": sys.implementation.cache_tag,
+        "architecture": capabilities.get("architecture"),
+        # Inductor's C++ is compiled for the machine's own instruction set, however wide its vectors are.
+        "instructions": sorted(name for name, there in capabilities.items() if there is True),
+    }
+
+
+def seal(content: bytes) -> bytes:
+    """`content` behind a header."""
+    header = {**made_for(), "length": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return json.dumps(header).encode() + b"\n" + content
+
+
+def unseal(artifact: bytes) -> memoryview:
+    """The content that `seal` was given. Nothing of it has been interpreted.
+
+    Raises:
+        UnusableArtifact: the artifact is damaged, or made for another installation or machine.
+    """
+    end = artifact.find(b"\n", 0, 1 << 16)
+    try:
+        header = json.loads(artifact[:end]) if end >= 0 else None
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or "frame-swap artifact" not in header:
+        raise UnusableArtifact(f"its artifact has no valid header; {_NEXT_RUN}")
+    if header["frame-swap artifact"] != _FORMAT:
+        raise UnusableArtifact(f"its artifact is of another frame-swap; {_COMPILE_HERE}")
+    content = memoryview(artifact)[end + 1 :]
+    if len(content) != header.get("length"):
+        raise UnusableArtifact(
+            f"its artifact is not whole: {len(content)} of {header.get('length')} bytes; {_NEXT_RUN}"
+        )
+    if hashlib.sha256(content).hexdigest() != header.get("sha256"):
+        raise UnusableArtifact(f"its artifact was changed after it was made; {_NEXT_RUN}")
+    here = made_for()
+    for name in ("torch", "python", "architecture"):
+        if header.get(name) != here[name]:
+            raise UnusableArtifact(
+                f"its artifact was made for {name} {header.get(name)}, here is {here[name]}; {_COMPILE_HERE}"
+            )
+    lacking = sorted({*header.get("instructions", ())} - {*here["instructions"]})
+    if lacking:
+        raise UnusableArtifact(
+            f"its artifact was made for a CPU with {', '.join(lacking)}, which this one lacks; {_COMPILE_HERE}"
+        )
+    return content
+
+
+_NEXT_RUN = "the next run compiles it again"
+_COMPILE_HERE = "compile on this machine with this installation, as frame_swap.configure(executor=None) does"
