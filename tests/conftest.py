@@ -1,4 +1,4 @@
-"""What all tests share: a clean slate before each, programs in processes of their own, and the two marks."""
+"""Options, marks and fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from helpers import DEVICE
 
 from frame_swap import errors, region, settings
 
+SUBSETS = {"--quick": {"quick"}, "--fast": {"quick", "fast"}}
+"""Options that select tests by their marks."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests marked long, too")
+    parser.addoption("--quick", action="store_true", help="run only tests marked quick: under two minutes")
+    parser.addoption("--fast", action="store_true", help="run only tests marked quick or fast: under eight minutes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -27,6 +32,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is here"))
         if item.get_closest_marker("long") and not config.getoption("--long"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
+    for option, marks in SUBSETS.items():
+        if config.getoption(option):
+            selected = {item for item in items if any(mark.name in marks for mark in item.iter_markers())}
+            config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+            items[:] = [item for item in items if item in selected]
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ import pytest
 import frame_swap
 from frame_swap import __main__, settings
 
+pytestmark = pytest.mark.quick
+
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
 DOCUMENTS = sorted(
     path

@@ -18,6 +18,8 @@ import frame_swap
 from frame_swap import FrameSwapWarning, State, backend, settings
 from frame_swap.internals import probe
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("values", "words"),

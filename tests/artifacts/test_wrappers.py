@@ -16,6 +16,8 @@ import frame_swap
 from frame_swap import State
 from frame_swap.internals import dynamo
 
+pytestmark = pytest.mark.fast
+
 WRAPPERS = re.compile(r"torch/_functorch/_aot_autograd/(runtime_wrappers\.py|.*:codegen\()")
 
 

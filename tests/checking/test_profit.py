@@ -18,6 +18,8 @@ from frame_swap import FrameSwapWarning, Region, State
 from frame_swap.checking.profit import CALLS, WARM_UP, Figure, Measurement
 from frame_swap.checking.trial import Sides
 
+pytestmark = pytest.mark.fast
+
 TIMED = 2 * (WARM_UP + CALLS)
 SLEPT_MS = 10
 

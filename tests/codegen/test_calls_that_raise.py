@@ -14,6 +14,8 @@ import pytest
 from frame_swap import errors
 from frame_swap.codegen import calls
 
+pytestmark = pytest.mark.quick
+
 Function = Callable[..., Any]
 
 

@@ -20,6 +20,8 @@ from frame_swap.codegen import calls
 from frame_swap.codegen.conditions import Condition
 from frame_swap.internals import dynamo
 
+pytestmark = pytest.mark.quick
+
 
 def assembled(*instructions: tuple[Any, ...] | Label, argnames: tuple[str, ...] = ("x",)) -> CodeType:
     """A function's code, after the few instructions that all functions begin with."""

@@ -17,6 +17,8 @@ from frame_swap.internals import dynamo
 
 from . import twice
 
+pytestmark = pytest.mark.quick
+
 Graph = Callable[..., tuple[Any, ...]]
 
 

@@ -14,6 +14,8 @@ import pytest
 from . import source_tree
 from .rules import PRIVATE_NAMES, RULES, TYPES_ONLY, Allowed, Violation
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[2]
 
 NOT_YET: dict[str, tuple[str, ...]] = {

@@ -8,7 +8,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import frame_swap
+
+pytestmark = pytest.mark.fast
 
 WATCH = """
     import sys, torch

@@ -22,6 +22,8 @@ from frame_swap.farm.local import worker
 
 from .harness import survives
 
+pytestmark = pytest.mark.fast
+
 
 class Damaging:
     """An executor: the workers, whose artifacts come to harm on the way."""

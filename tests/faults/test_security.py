@@ -18,6 +18,8 @@ from frame_swap.artifacts import folders, libraries
 
 from .harness import fresh_workers, one_warning, works
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:

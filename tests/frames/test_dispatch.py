@@ -25,6 +25,8 @@ from frame_swap import State
 from frame_swap.frames import dispatch
 from frame_swap.internals import dynamo, eval_frame
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(autouse=True)
 def by_hand() -> None:

@@ -24,6 +24,8 @@ from torch.utils._sympy.numbers import int_oo
 
 from frame_swap.guards import Inexpressible, source, undecided
 
+pytestmark = pytest.mark.quick
+
 Values = Mapping[sympy.Symbol, int]
 
 a, b, c = SYMBOLS = sympy.symbols("a b c", integer=True)

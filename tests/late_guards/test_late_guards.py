@@ -26,6 +26,8 @@ from frame_swap.farm.local import worker
 from frame_swap.internals import dynamo
 from frame_swap.serving.trampoline import Trampoline
 
+pytestmark = pytest.mark.fast
+
 Function = Callable[[Tensor], Any]
 
 

@@ -21,6 +21,8 @@ from frame_swap.frames import cache_entry
 from frame_swap.internals import dynamo
 from frame_swap.serving import pair
 
+pytestmark = pytest.mark.fast
+
 
 def only_region() -> frame_swap.Region:
     (region,) = frame_swap.report().regions

@@ -13,6 +13,8 @@ from torch.library import custom_op
 import frame_swap
 from frame_swap.serving import pair
 
+pytestmark = pytest.mark.fast
+
 NOTED: list[tuple[int, int]] = []
 
 

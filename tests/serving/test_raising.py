@@ -20,6 +20,8 @@ import frame_swap
 from frame_swap import FrameSwapWarning, Region, State, errors
 from frame_swap.frames import cache_entry
 
+pytestmark = pytest.mark.fast
+
 Function = Callable[..., Any]
 
 

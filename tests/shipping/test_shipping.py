@@ -29,6 +29,8 @@ from frame_swap.internals import dispatcher, inductor
 from frame_swap.shipping import operators, ship, triton_kernels
 from frame_swap.shipping.process_state import ProcessState
 
+pytestmark = pytest.mark.fast
+
 SHIPPED: list[Make] = []
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, autograd, nn
 
 from .harness import Cases
 from .seen import Call, error, facts, outcome
 from .subjects import gradients_taken, numbers, ones
+
+pytestmark = pytest.mark.fast
 
 case = Cases()
 

@@ -10,6 +10,8 @@ import pytest
 
 from frame_swap.ui import command_line
 
+pytestmark = pytest.mark.fast
+
 
 def test_help_without_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "frame_swap"], capture_output=True, text=True)
