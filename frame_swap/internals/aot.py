@@ -23,10 +23,10 @@ with names_looked_up():
     from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
     from torch._functorch._aot_autograd.utils import saved_tensors_hooks_are_inlineable, top_saved_tensors_hooks
 
-    mark_dynamic = (
-        getattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices", None)
-        or runtime_wrappers.maybe_mark_dynamic_helper  # type: ignore[attr-defined]  # up to 2.12
-    )
+    if hasattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices"):
+        mark_dynamic = runtime_wrappers.mark_dynamo_propagated_dynamic_indices
+    else:  # up to 2.12
+        mark_dynamic = getattr(runtime_wrappers, "maybe_mark_dynamic_helper")  # noqa: B009
 
 __all__ = [
     "MATERIALIZES_OTHERS",

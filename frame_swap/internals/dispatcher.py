@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 
 from .probe import names_looked_up
 
@@ -20,6 +19,7 @@ with names_looked_up():
     )
     from torch._library.custom_ops import OPDEFS, CustomOpDef
     from torch._library.simple_registry import singleton as operator_registry
+    from torch._ops import OpOverload, OpOverloadPacket
 
 __all__ = [
     "CustomOpDef",
