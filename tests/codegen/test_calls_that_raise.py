@@ -125,6 +125,7 @@ def executed(code: CodeType, x: Any = 1) -> list[tuple[str, Any]]:
             return trace
         return None
 
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 heeds the flag only if it was set before `settrace`
     sys.settrace(trace)
     try:
         FunctionType(code, globals())(x, 2, Managed())
