@@ -1,7 +1,7 @@
-"""Leave out instructions of Dynamo's code that a rewritten frame can do without.
+"""Remove instructions from Dynamo's code that have no effect on the result of a frame.
 
-What Dynamo's code records for the profiler before it calls a graph is left out, with the question whether there is
-one (torch 2.15). So are the values that it makes between the last call and its return, and does not return.
+These are the records for the profiler before each call of a graph, with the test for a profiler (torch 2.15); and
+values that are made between the last call and the return, but not returned.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from typing import NamedTuple, cast
 
 from bytecode import Bytecode, Instr, Label
 
+from ..internals import dynamo
 from .bytecodes import find, name_in, named
 
 
 def clean(instructions: Bytecode) -> None:
-    """Leave out what Dynamo's code records, and what it makes and does not return."""
-    for at in find(instructions, lambda i: i.name in ("LOAD_ATTR", "LOAD_METHOD") and name_in(i) in _RECORDS):
+    """Remove the records for the profiler, and values that are made but not returned."""
+    for at in find(instructions, lambda i: i.name in ("LOAD_ATTR", "LOAD_METHOD") and name_in(i) in dynamo.RECORDS):
         _replace_by_none(instructions, at)
     _drop_unread(instructions)
     while any(_join(instructions, at) for at in find(instructions, lambda i: i.name.startswith("POP_JUMP_"))):
@@ -23,31 +24,30 @@ def clean(instructions: Bytecode) -> None:
     _return_at_once(instructions)
 
 
-_RECORDS = ("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit")
-
-
 def _replace_by_none(instructions: Bytecode, at: int) -> None:
-    """Leave out a call of the function that the instruction at `at` gets from what the one before it pushed."""
+    """Replace a call by its result, None. The instruction at `at` loads the callee, an attribute."""
     end = next(i for i in range(at, len(instructions)) if named(instructions[i], "CALL")) + 1
     call = [i for i in instructions[at - 1 : end] if isinstance(i, Instr)]
-    if sum(i.stack_effect() for i in call) == 1:  # or it is not written as we know it, and stays
+    if sum(i.stack_effect() for i in call) == 1:  # else it is written in another way, and stays
         none = Instr("LOAD_CONST", None)
         stored = (i for i in call if i.name == "STORE_FAST")
         instructions[at - 1 : end] = [*(i for store in stored for i in (none, store)), none]
 
 
 def _drop_unread(instructions: Bytecode) -> None:
-    """Leave out what is popped at once, or stored in variables of Dynamo's that nothing reads: constants, and what
-    Dynamo looks up for its records."""
+    """Remove values that are popped at once, or stored in a variable of Dynamo's that nothing reads.
+
+    Only constants and the modules that Dynamo looks up for its records: to load them has no effect.
+    """
     others = [
         i
         for i in instructions
         if isinstance(i, Instr) and i.name not in ("LOAD_CONST", "STORE_FAST", "DELETE_FAST")
     ]
-    named = [name for i in others for name in (i.arg if isinstance(i.arg, tuple) else (i.arg,))]
-    named += instructions.argnames
+    read = [name for i in others for name in (i.arg if isinstance(i.arg, tuple) else (i.arg,))]
+    read += instructions.argnames
     dropped = []
-    for at in find(instructions, lambda i: i.name == "POP_TOP" or (i.name == "STORE_FAST" and i.arg not in named)):
+    for at in find(instructions, lambda i: i.name == "POP_TOP" or (i.name == "STORE_FAST" and i.arg not in read)):
         start = _start_of_value(instructions, at)
         if start is not None:
             dropped.append(cast(Instr, instructions[at]).arg)
@@ -58,21 +58,21 @@ def _drop_unread(instructions: Bytecode) -> None:
 
 
 def _start_of_value(instructions: Bytecode, end: int) -> int | None:
-    """Where begins what pushes the value that the instruction at `end` takes, if it does nothing else."""
+    """Start of the expression consumed at `end`; None if that could have an effect."""
     at = end - 1
     while named(instructions[at], "NOP"):
         at -= 1
     value = instructions[at]
     if not isinstance(value, Instr):
         return None
-    if value.name == "LOAD_ATTR" and name_in(value) == "_is_profiler_enabled":
+    if value.name == "LOAD_ATTR" and name_in(value) == dynamo.TEST_FOR_PROFILER:
         return _start_of_value(instructions, at)
-    import_of_dynamos = value.name == "LOAD_GLOBAL" and str(name_in(value)).startswith("__import_torch")
-    return at if import_of_dynamos or value.name == "LOAD_CONST" else None
+    module_of_torch = value.name == "LOAD_GLOBAL" and str(name_in(value)).startswith(dynamo.GLOBAL_FOR_TORCH)
+    return at if module_of_torch or value.name == "LOAD_CONST" else None
 
 
 def _join(instructions: Bytecode, at: int) -> bool:
-    """Leave out the condition of the jump at `at` if nothing depends on it: both ways push the same constant."""
+    """Remove the condition of the jump at `at` if both branches push the same constant."""
     match instructions[at : at + 6]:
         case [
             Instr(arg=Label() as other),
@@ -96,25 +96,26 @@ def _join(instructions: Bytecode, at: int) -> bool:
 
 
 class _Value(NamedTuple):
-    """What an instruction pushes, made of other values."""
+    """A value on the stack: the instruction that pushed it, and the values that this took."""
 
     instruction: Instr
     parts: tuple[_Value, ...]
 
     def code(self) -> list[Instr]:
-        """What pushes it."""
+        """The instructions that push this value."""
         return [*(i for part in self.parts for i in part.code()), self.instruction]
 
 
 _MAKES = {"LOAD_CONST": 0, "LOAD_FAST": 0, "BINARY_SUBSCR": 2, "BUILD_LIST": None, "BUILD_TUPLE": None}
-"""Instructions that push one value, and of how many it is made; None: as many as the argument says."""
+"""Instructions that push one value, with the number of values that they take; None: their argument."""
+
 _MOVES = ("COPY", "SWAP", "POP_TOP", "LIST_EXTEND", "DELETE_FAST", "RETURN_VALUE")
 
 
 def _return_at_once(instructions: Bytecode) -> None:
-    """Make what is returned and nothing else, in the instructions at the end that only make values.
+    """Make the returned value and no other, in the instructions at the end that only make values.
 
-    Where those need what was on the stack before, or use a value twice, they stay as they are.
+    They stay as they are if they take a value that was on the stack before, or use one twice.
     """
     start = len(instructions)
     while start and getattr(instructions[start - 1], "name", "") in {*_MAKES, *_MOVES}:
@@ -144,7 +145,7 @@ def _return_at_once(instructions: Bytecode) -> None:
     except (IndexError, ValueError):
         return
     code = result.code()
-    looked_up = [id(i) for i in ending if i.name == "BINARY_SUBSCR"]  # may be any object's __getitem__
+    looked_up = [id(i) for i in ending if i.name == "BINARY_SUBSCR"]  # may call an object's own __getitem__
     made = [id(i) for i in code if not i.name.startswith("LOAD_")]
     if (
         len({*made}) == len(made)

@@ -1,4 +1,4 @@
-"""Functions written for one graph, as source text."""
+"""Functions generated for one graph, as source text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..internals import dynamo, eager
 def compile_function(source: str, **scope: Any) -> Callable[..., Any]:
     """The one function that `source` defines, with `scope` as its globals.
 
-    Its code object is its own; Dynamo is told not to trace it, nor anything below it.
+    It has a code object of its own. Dynamo traces neither its frames nor anything that they call.
     """
     before = set(scope)
     exec(compile(source, "<frame-swap>", "exec"), scope)
@@ -25,7 +25,12 @@ def compile_function(source: str, **scope: Any) -> Callable[..., Any]:
 
 
 class Source:
-    """Lines of a function, and what they name."""
+    """A function in the making: its lines, and the names that they use.
+
+    Args:
+        signature: the name and the parameters.
+        scope: names that its lines use.
+    """
 
     def __init__(self, signature: str, **scope: Any) -> None:
         self._lines = [f"def {signature}:"]
@@ -33,28 +38,29 @@ class Source:
         self._scope = {"Tensor": torch.Tensor, **scope}
 
     def __call__(self, line: str, **scope: Any) -> None:
+        """Add a line, and names that it uses."""
         self._lines.append("    " * self._depth + line)
         self._scope.update(scope)
 
     def names(self, **scope: Any) -> None:
-        """What lines name."""
+        """Add names that the generated lines use."""
         self._scope.update(scope)
 
     @contextlib.contextmanager
     def block(self, opening: str, **scope: Any) -> Iterator[None]:
-        """What is written meanwhile stands below `opening`, indented."""
+        """Indent the lines written in this block under `opening`."""
         self(opening, **scope)
         self._depth += 1
         yield
         self._depth -= 1
 
     def without_autocast(self) -> contextlib.AbstractContextManager[None]:
-        """What is written meanwhile runs without autocast: its casts are in the graph."""
+        """Lines written in this block run without autocast: the casts are in the graph."""
         return self.block("with no_autocast():", no_autocast=eager.no_autocast)
 
     @contextlib.contextmanager
     def switched(self, name: str, get: Callable[[], bool], set: Callable[[bool], None], to: bool) -> Iterator[None]:
-        """What is written meanwhile runs with a switch of the thread's turned to `to`."""
+        """Lines written in this block run with a switch of the thread set to `to`."""
         self(f"{name} = get_{name}()", **{f"get_{name}": get, f"set_{name}": set})
         with self.block("try:"):
             self(f"if {name} is not {to}: set_{name}({to})")
@@ -63,5 +69,5 @@ class Source:
             self(f"if {name} is not {to}: set_{name}({name})")
 
     def function(self) -> Callable[..., Any]:
-        """The function."""
+        """The finished function."""
         return compile_function("\n".join(self._lines) + "\n", **self._scope)

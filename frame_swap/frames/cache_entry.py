@@ -1,18 +1,18 @@
-"""Dynamo's cache entries, and putting another code object into one.
+"""Find Dynamo's cache entries, and put another code object into one.
 
-Python may read an entry's code but not set it. The C++ struct behind it begins with two PyObject pointers,
-`{guard_manager, code, ...}` (torch/csrc/dynamo/cache_entry.h, the same in 2.11 to 2.15), and pybind11 keeps
-the pointer to that struct right behind the Python object's header. Both fields are compared with what the
-entry itself says before anything is written.
+Python can read an entry's code but not set it. The C++ struct behind the entry begins with two PyObject pointers,
+`{guard_manager, code, ...}` (torch/csrc/dynamo/cache_entry.h, the same in 2.11 to 2.15). pybind11 keeps the pointer
+to that struct right behind the header of the Python object. Before anything is written, both fields are compared
+with the entry's attributes.
 
-An entry belongs to Dynamo and goes when its guards do: it is looked up again each time, by its current code
-object, and never kept. Other threads that run the old code object keep it alive through their frames.
+Dynamo owns its entries and deletes them. So an entry is never kept here, but found again each time, by its current
+code object. Other threads that run the old code object keep it alive through their frames.
 
 Guarantees:
-- An entry runs the old code or the new, whatever interrupts this thread or runs in others: checking what is there
-  and writing is one step, and what comes before it may be done twice.
+- An entry runs the old code or the new one, even if an interrupt or another thread comes in between: comparing and
+  writing is one step, and the steps before it may be done twice.
 
-Assumed: the caller holds Dynamo's compile lock, as `torch._dynamo.reset` does, which frees entries.
+Assumed: the caller holds Dynamo's compile lock, as `torch._dynamo.reset` does when it deletes entries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _POINTER = ctypes.sizeof(ctypes.c_void_p)
 
 
 def find(original: CodeType, *generated: CodeType | None) -> Any | None:
-    """The entry of the user's code `original` whose code is one of `generated`; None if it is gone."""
+    """The entry for the user's code `original` that runs one of `generated`; None if it is gone."""
     wanted = [id(code) for code in generated if code is not None]
     for entry in dynamo.cache_entries(original):
         if id(entry.code) in wanted:
@@ -41,15 +41,15 @@ def replace_code(entry: Any, new: CodeType) -> None:
     """Make `entry` run `new` from the next call on.
 
     Raises:
-        UnknownLayout: and nothing was written.
-        FrameGone: another thread has just deleted what the entry's guards are about, and nothing was written.
+        UnknownLayout: the struct is not as described above. Nothing was written.
+        FrameGone: another thread has just deleted an object that the entry's guards are on. Nothing was written.
     """
     field, old = _code_field(entry), entry.code
     if old is None:
         raise FrameGone
     dynamo.adopt_code(old, new)
     expected, target, value = id(old), ctypes.byref(field), ctypes.py_object(new)
-    # Threads take turns, and signals are looked at, when a call has returned: not between these two lines.
+    # CPython switches threads and looks at signals after a call has returned: not between these two lines.
     if field.value == expected:
         _set_object(target, _OWNED, value)
     else:
@@ -57,7 +57,7 @@ def replace_code(entry: Any, new: CodeType) -> None:
 
 
 class _MemberDef(ctypes.Structure):
-    """How C extensions describe a field of a struct: `PyMemberDef`."""
+    """`PyMemberDef`: the description of a struct's field in C extensions."""
 
     _fields_ = (
         ("name", ctypes.c_char_p),

@@ -110,7 +110,7 @@ class CallSite:
         if entry.code is not code:
             cache_entry.replace_code(entry, code)
         if self._whole:
-            dispatch.installed(original, entry, code)
+            dispatch.entry_rewritten(original, entry, code)
         self._generated = weakref.ref(code)
 
     def restore(self) -> None:

@@ -1,16 +1,17 @@
-"""Calling rewritten code from Python: without `torch.compile`'s wrapper, and without Dynamo's frame evaluation.
+"""Call rewritten code from Python: without `torch.compile`'s wrapper, and without Dynamo's frame evaluation.
 
-For what was opted in, a *dispatcher* stands before what `torch.compile` returned: a function with the same
-parameters, so that Python binds the arguments. It evaluates the guards of those cache entries whose code has been
-rewritten, and runs that code as the function's own. Whatever it does not know, it leaves to `torch.compile`'s.
+A function that was opted in is called through a *dispatcher*: a function with the same parameters, so that Python
+binds the arguments. It evaluates the guards of the cache entries whose code has been rewritten, and runs the code
+of the first whose guards hold, as the function's own: a *shortcut*. A call without a shortcut goes to the function
+that `torch.compile` returned.
 
 Guarantees:
-- Code runs from here only while its cache entry lives and the entry's guards hold; under `static_module`, while
-  those hold that are not about the module, and after all of them have held once.
-- What is kept here for an entry goes with the entry, and no entry is kept: Dynamo's Python object for an entry dies
-  when that is dropped or invalidated.
-- Code that is rewritten again changes here in the same step.
-- A call takes no lock and sees whole tuples. What changes them holds `_changing`.
+- Code runs from here only while its cache entry lives and the entry's guards hold. Under `static_module`, the
+  guards on the module need to have held once.
+- No entry is kept alive, and a shortcut is dropped with its entry: Dynamo's Python object for an entry dies when
+  the entry is removed or invalidated.
+- If an entry's code is rewritten again, its shortcut runs the new code from the same moment on.
+- A call takes no lock and reads whole tuples. Code that replaces these holds `_changing`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,13 @@ import torch
 from ..internals import eval_frame
 
 
-class Direct(NamedTuple):
-    """Where `check` holds of a call's locals, by their names, `run` is what to call with its arguments."""
+class Shortcut(NamedTuple):
+    """The code of a cache entry, and its guards.
+
+    Attributes:
+        check: whether the guards hold, given a call's locals by name.
+        run: takes the arguments of the function.
+    """
 
     check: Callable[[dict[str, Any]], bool]
     run: Callable[..., Any]
@@ -40,11 +46,11 @@ class Direct(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Entry:
-    """One cache entry; `reduced` leaves out the guards on the module."""
+    """The shortcuts of one cache entry; `reduced` evaluates no guards on the module."""
 
     alive: weakref.ref[Any]
-    full: Direct
-    reduced: Direct | None
+    full: Shortcut
+    reduced: Shortcut | None
 
 
 _changing = threading.RLock()  # reentrant, since an entry may die at any allocation
@@ -52,7 +58,7 @@ _changing = threading.RLock()  # reentrant, since an entry may die at any alloca
 
 def _after_fork_in_child() -> None:
     global _changing
-    _changing = threading.RLock()  # what it guards is changed in single steps; who held it is not here
+    _changing = threading.RLock()  # the thread that held it is not here, and each change is a single step
 
 
 if hasattr(os, "register_at_fork"):
@@ -63,17 +69,18 @@ _tables: weakref.WeakSet[_Table] = weakref.WeakSet()
 
 
 class _Table:
-    """The entries of one function that may be called directly.
+    """The cache entries of one function whose code has been rewritten.
 
     Args:
-        function: what Dynamo captures.
-        backend: whose entries count.
-        module: the parameter that is a module and keeps the promise of `opt_in`.
+        function: the function that Dynamo captures.
+        backend: entries of other backends are left out.
+        module: the parameter for a module that keeps the promise of `opt_in`.
 
     Attributes:
         entries: all of them.
-        latest: the one used last, alone in its tuple.
-        promised: those that have held in full for a module, by its `id` and its training flag; the last one first.
+        latest: the shortcut used last, alone in its tuple.
+        promised: shortcuts of entries whose guards have all held for a module, by the module's `id` and training
+            flag; the last used first.
     """
 
     def __init__(self, function: FunctionType, backend: Any, module: str | None) -> None:
@@ -81,26 +88,26 @@ class _Table:
         self._backend = backend
         self._module = module
         self.entries: tuple[_Entry, ...] = ()
-        self.latest: tuple[Direct, ...] = ()
-        self.promised: dict[tuple[int, bool], tuple[Direct, ...]] = {}
+        self.latest: tuple[Shortcut, ...] = ()
+        self.promised: dict[tuple[int, bool], tuple[Shortcut, ...]] = {}
         with _changing:
             _tables.add(self)
 
     def search(self, scope: dict[str, Any], module: torch.nn.Module | None = None) -> Callable[..., Any] | None:
-        """What to run for a call with the locals `scope`, which comes first from now on."""
+        """The code to run for a call with the locals `scope`; None without a shortcut. Tried first from now on."""
         for entry in self.entries:
             if entry.full.check(scope):
                 if module is not None and entry.reduced is not None:
                     self._promise(module, entry, entry.reduced)
                 else:
                     self.latest = (entry.full,)
-                    if entry not in self.entries:  # it went just now, and perhaps before that line
+                    if entry not in self.entries:  # it was removed just now, perhaps before that line
                         self.latest = ()
                 return entry.full.run
         return None
 
-    def install(self, entry: Any, code: CodeType) -> None:
-        """`entry` runs the rewritten `code` now."""
+    def entry_rewritten(self, entry: Any, code: CodeType) -> None:
+        """Run `code` for this entry: add the entry, or change its shortcuts."""
         known = next((e for e in self.entries if e.alive() is entry), None)
         if known is not None:
             cast(FunctionType, known.full.run).__code__ = code
@@ -108,9 +115,9 @@ class _Table:
             guards = entry.guard_manager.root
             reduced = eval_frame.guards_elsewhere(guards, self._module) if self._module else None
             alive = weakref.ref(entry, functools.partial(_if_alive, weakref.WeakMethod(self._remove)))
-            self.entries += (_Entry(alive, Direct(guards.check, run), reduced and Direct(reduced.check, run)),)
+            self.entries += (_Entry(alive, Shortcut(guards.check, run), reduced and Shortcut(reduced.check, run)),)
 
-    def _promise(self, module: torch.nn.Module, entry: _Entry, reduced: Direct) -> None:
+    def _promise(self, module: torch.nn.Module, entry: _Entry, reduced: Shortcut) -> None:
         with _changing:
             if entry not in self.entries:
                 return
@@ -118,7 +125,7 @@ class _Table:
             if not any(known == id(module) for known, _ in self.promised):
                 forget = weakref.WeakMethod(self._forget)
                 weakref.finalize(module, _if_alive, forget, id(module)).atexit = False
-            others = (direct for direct in self.promised.get(key, ()) if direct is not reduced)
+            others = (shortcut for shortcut in self.promised.get(key, ()) if shortcut is not reduced)
             self.promised = {**self.promised, key: (reduced, *others)}
 
     def _forget(self, module_id: int) -> None:
@@ -129,8 +136,8 @@ class _Table:
         with _changing:
             self.entries = tuple(entry for entry in self.entries if entry.alive is not dead)
             runs = [entry.full.run for entry in self.entries]
-            self.latest = tuple(direct for direct in self.latest if direct.run in runs)
-            promised = ((key, tuple(d for d in value if d.run in runs)) for key, value in self.promised.items())
+            self.latest = tuple(shortcut for shortcut in self.latest if shortcut.run in runs)
+            promised = ((key, tuple(s for s in value if s.run in runs)) for key, value in self.promised.items())
             self.promised = dict(promised)
 
 
@@ -139,19 +146,21 @@ def _if_alive(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> No
         bound(*args)
 
 
-def installed(original: CodeType, entry: Any, code: CodeType) -> None:
-    """`entry`, of functions with the code `original`, runs the rewritten `code` now.
+def entry_rewritten(original: CodeType, entry: Any, code: CodeType) -> None:
+    """The cache entry `entry` runs the rewritten `code` now; give it a shortcut.
 
-    That code calls a graph, and otherwise nothing that Dynamo would capture.
+    Args:
+        original: the code of the functions that the entry is for.
+        code: calls a graph, and otherwise nothing that Dynamo would capture.
     """
     with _changing:
         for table in list(_tables):
             if table.function.__code__ is original:
-                table.install(entry, code)
+                table.entry_rewritten(entry, code)
 
 
 def dispatcher(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """What to call in place of `compiled`, which `torch.compile` made of a function or a bound method."""
+    """A dispatcher for `compiled`, which `torch.compile` has returned for a function or a bound method."""
     target = eval_frame.compiled_callable(compiled)
     backend = eval_frame.backend_of(compiled)
     if backend is None:
@@ -171,13 +180,13 @@ def module_dispatcher(
     static_module: bool = False,
     hooked: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """What to call in place of `compiled`, which `torch.compile` made of `nn.Module._call_impl`.
+    """A dispatcher for `compiled`, which `torch.compile` has returned for the method behind `nn.Module.__call__`.
 
-    Dynamo captures `forward` there, and `_call_impl` does no more than call it where there are no hooks.
+    Dynamo captures `forward` there: without hooks, the method does no more than call it.
 
     Args:
-        compiled: made of the function, or of `module`'s bound method.
-        hooked: what to call with a module that has hooks, if not `compiled`.
+        compiled: compiled from the function, or from `module`'s bound method.
+        hooked: called with a module that has hooks; `compiled`, if None.
     """
     backend = eval_frame.backend_of(compiled)
     if backend is None:
@@ -215,21 +224,21 @@ def _without_first(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stand_in(function: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which Dynamo and users take for `compiled`, and which Dynamo does not trace itself."""
+    """`function`, with the attributes of `compiled`. Dynamo takes it for that, and does not trace its frame."""
     functools.update_wrapper(function, compiled)
     eval_frame.stand_in(function, compiled)
     return function
 
 
-# CUDA graphs tell the steps of a program apart by the generation, which `torch.compile` counts up on each call.
-# An @ keeps our names apart from the function's.
+# CUDA graphs tell the steps of a program apart by the generation; `torch.compile` increases it at each call.
+# An @ stands for a prefix that keeps our names apart from the function's.
 _SOURCE = """
 def make({free}):
     def dispatch{signature}:
         if @table.entries and @undisturbed():
             try:
                 @scope = {{{scope}}}
-            except NameError:  # a variable of an enclosing function that has no value yet
+            except NameError:  # a variable of an enclosing function has no value yet
                 return @ordinary({passed})
             for @check, @run in {first}:
                 if @check(@scope):
@@ -247,11 +256,11 @@ def make({free}):
 def _dispatch(
     function: FunctionType, backend: Any, ordinary: Callable[..., Any], static_module: bool = False
 ) -> FunctionType:
-    """A function with the parameters of `function` that runs what its cache entries hold, or calls `ordinary`.
+    """A function with the parameters of `function` that takes a shortcut, or calls `ordinary`.
 
     Args:
-        function: what Dynamo captures when `ordinary` is called.
-        backend: whose entries count.
+        function: the function that Dynamo captures when `ordinary` is called.
+        backend: entries of other backends are left out.
         static_module: whether the first parameter is a module that keeps the promise of `opt_in`.
     """
     free = function.__code__.co_freevars
@@ -292,7 +301,7 @@ _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _function(code: CodeType, like: FunctionType) -> FunctionType | None:
-    """Dynamo's `code` for `like` as a function; None where it takes other arguments or more cells."""
+    """A function that runs Dynamo's `code` for `like`; None if that takes other arguments or more cells."""
     if not {*code.co_freevars} <= {*like.__code__.co_freevars}:
         return None
     if _signature(code, like) != _signature(like.__code__, like):
@@ -301,7 +310,7 @@ def _function(code: CodeType, like: FunctionType) -> FunctionType | None:
 
 
 def _signature(code: CodeType, like: FunctionType) -> Signature:
-    """The parameters that `code` takes, without defaults and annotations, which belong to a function."""
+    """The parameters of `code`, without defaults and annotations: those belong to a function."""
     return inspect.signature(_with_cells(code, like, {}))
 
 

@@ -26,6 +26,9 @@ with names_looked_up():
     )
 
 __all__ = [
+    "GLOBAL_FOR_TORCH",
+    "RECORDS",
+    "TEST_FOR_PROFILER",
     "CapturedFrame",
     "TorchDynamoException",
     "adopt_code",
@@ -104,3 +107,13 @@ def captured_whole(gm: torch.fx.GraphModule) -> bool:
     """Whether Dynamo captured all that the frame does, up to its end, in this graph."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return reason is not None and not reason.graph_break
+
+
+RECORDS = ("record_pregraph_bytecode_enter", "record_pregraph_bytecode_exit")
+"""The functions that Dynamo's code calls, for the profiler, before it calls a graph."""
+
+TEST_FOR_PROFILER = "_is_profiler_enabled"
+"""The attribute that Dynamo's code reads to decide whether to call these (torch 2.15)."""
+
+GLOBAL_FOR_TORCH = "__import_torch"
+"""The prefix of the globals in which Dynamo's code finds modules of torch."""

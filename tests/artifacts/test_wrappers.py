@@ -1,4 +1,4 @@
-"""What is left around compiled code: nothing of AOTAutograd's, unless the report says so."""
+"""Wrappers around compiled code: none of AOTAutograd's is called, unless the report names it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WRAPPERS = re.compile(r"torch/_functorch/_aot_autograd/(runtime_wrappers\.py|.*:
 
 
 class Case(NamedTuple):
-    """A function, what it is called with, and whether in grad mode."""
+    """A function, a maker of its arguments, grad mode at its calls, and the wrappers that the report names."""
 
     function: Callable[..., Any]
     make: Callable[[], tuple[Any, ...]]

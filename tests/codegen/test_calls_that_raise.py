@@ -19,9 +19,11 @@ pytestmark = pytest.mark.quick
 Function = Callable[..., Any]
 
 
-def called(x: Any, y: Any) -> Any:
-    """Stands for what is called at first."""
-    return compiled_code(x, y)
+PLACEHOLDER = "frame_swap:placeholder"
+
+
+def eager_code(x: Any, y: Any) -> Any:
+    raise AssertionError("nothing calls it")
 
 
 def compiled_code(x: Any, y: Any) -> Any:
@@ -34,10 +36,15 @@ def compiled_code_boxed(args: list[Any]) -> Any:
     return compiled_code(*args)
 
 
-def answer(error: Exception, /, *args: Any) -> Any:
+def recover(error: Exception, /, *args: Any) -> Any:
     if isinstance(args[1], BaseException):
         raise args[1]
-    return "answered", error, *args
+    return "recovered", error, *args
+
+
+def directed(base: CodeType, boxed: Any, recover: calls.Recover | None = None) -> CodeType:
+    targets = [calls.Target(compiled_code, boxed, None)]
+    return calls.direct_calls(base, PLACEHOLDER, eager_code, targets, recover)
 
 
 class Managed:
@@ -78,23 +85,23 @@ def twice(x: Any, y: Any, manager: Managed) -> Any:
 @pytest.mark.parametrize("boxed", [None, compiled_code_boxed], ids=["arguments", "one list"])
 @pytest.mark.parametrize("frame", [plainly, in_a_try_block, in_a_with_block, twice], ids=lambda f: f.__name__)
 def test_rewritten_code_does_what_the_source_says(frame: FunctionType, boxed: Any) -> None:
-    code = calls.call_constants(frame.__code__, {"call": called})
-    answered = FunctionType(calls.call_instead(code, called, compiled_code, boxed, answer), globals())
-    source = FunctionType(frame.__code__, {**globals(), "call": answered_in_source})
+    code = calls.call_constants(frame.__code__, {"call": PLACEHOLDER})
+    recovering = FunctionType(directed(code, boxed, recover), globals())
+    source = FunctionType(frame.__code__, {**globals(), "call": recovering_in_source})
     errors = [ValueError(), ZeroDivisionError(), KeyboardInterrupt(), GeneratorExit()]
     for x, y in itertools.product([1, *errors], [2, *errors]):
         managers = Managed(), Managed()
-        outcomes = [outcome(f, x, y, m) for f, m in zip((source, answered), managers, strict=True)]
+        outcomes = [outcome(f, x, y, m) for f, m in zip((source, recovering), managers, strict=True)]
         assert outcomes[0] == outcomes[1]
         assert managers[0].seen == managers[1].seen
 
 
-def answered_in_source(x: Any, y: Any) -> Any:
+def recovering_in_source(x: Any, y: Any) -> Any:
     try:
         return compiled_code(x, y)
     except Exception as error:
         failure = error
-    return answer(failure, x, y)
+    return recover(failure, x, y)
 
 
 def outcome(function: Function, *args: Any) -> Any:
@@ -105,11 +112,11 @@ def outcome(function: Function, *args: Any) -> Any:
 
 
 def test_nothing_more_runs_where_nothing_raises() -> None:
-    code = calls.call_constants(in_a_with_block.__code__, {"call": called})
-    plain = calls.call_instead(code, called, compiled_code, compiled_code_boxed)
-    answered = calls.call_instead(code, called, compiled_code, compiled_code_boxed, answer)
-    assert executed(plain) == executed(answered)
-    assert executed(answered, ValueError()) != executed(answered)
+    code = calls.call_constants(in_a_with_block.__code__, {"call": PLACEHOLDER})
+    plain = directed(code, compiled_code_boxed)
+    recovering = directed(code, compiled_code_boxed, recover)
+    assert executed(plain) == executed(recovering)
+    assert executed(recovering, ValueError()) != executed(recovering)
 
 
 def executed(code: CodeType, x: Any = 1) -> list[tuple[str, Any]]:
@@ -134,10 +141,10 @@ def executed(code: CodeType, x: Any = 1) -> list[tuple[str, Any]]:
     return ran
 
 
-def test_what_cannot_be_loaded_twice_is_refused() -> None:
+def test_arguments_that_cannot_be_loaded_twice_are_refused() -> None:
     def frame(x: Any, y: Any) -> Any:
         return call(x, y + 1)  # noqa: F821
 
-    code = calls.call_constants(frame.__code__, {"call": called})
+    code = calls.call_constants(frame.__code__, {"call": PLACEHOLDER})
     with pytest.raises(errors.Indirect, match="a second time"):
-        calls.call_instead(code, called, compiled_code, None, answer)
+        directed(code, None, recover)

@@ -1,4 +1,4 @@
-"""New code objects from old ones: what is left out of Dynamo's code, and what must stay."""
+"""Rewritten code: instructions of Dynamo's that are removed or must stay, and calls that go to another callee."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def either(first: object, second: object, *condition: tuple[Any, ...]) -> list[t
     ]
 
 
-def test_a_question_whose_answer_nobody_reads_is_not_asked() -> None:
-    """Whether there is a profiler, which torch 2.15 asks before each call of a graph."""
+def test_the_test_for_a_profiler_is_removed_with_its_records() -> None:
+    """torch 2.15 tests for a profiler before each call of a graph."""
     attribute: Any = "_is_profiler_enabled" if sys.version_info < (3, 12) else (False, "_is_profiler_enabled")
     f, names = shortened(
         assembled(
@@ -125,14 +125,14 @@ def test_lists_that_are_not_returned_are_not_made() -> None:
         ),
     ],
 )
-def test_what_cannot_be_made_from_its_parts_stays(instructions: Any, result: Callable[[Any], bool]) -> None:
+def test_values_that_are_used_twice_or_changed_stay(instructions: Any, result: Callable[[Any], bool]) -> None:
     f, names = shortened(assembled(*instructions))
     assert result(f(5))
     assert names == [name for name, *_ in instructions]
 
 
 def test_a_look_up_that_is_not_returned_still_happens() -> None:
-    """The container may be anything, and the look-up have effects."""
+    """The container may be any object, and the look-up may have effects."""
     seen = []
 
     class Container:
@@ -149,14 +149,14 @@ def test_a_look_up_that_is_not_returned_still_happens() -> None:
     assert seen == [3]
 
 
-def test_what_was_on_the_stack_before_stays_there() -> None:
+def test_values_that_were_on_the_stack_before_stay() -> None:
     f, _ = shortened(
         assembled(("LOAD_FAST", "x"), ("UNARY_NEGATIVE",), ("LOAD_FAST", "x"), ("BUILD_TUPLE", 2), RETURN)
     )
     assert f(5) == (-5, 5)
 
 
-def test_constants_that_nothing_reads_go_and_arguments_stay() -> None:
+def test_unread_constants_are_removed_and_arguments_stay() -> None:
     f, names = shortened(
         assembled(
             ("LOAD_CONST", None),
