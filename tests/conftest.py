@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No compiled frames, no regions, default settings, the same random numbers."""
+    """Start each test without compiled frames and regions, with default settings and seeded random numbers."""
     for variable in ("DISABLE", *(field.name.upper() for field in dataclasses.fields(settings.Settings))):
         monkeypatch.delenv(f"FRAME_SWAP_{variable}", raising=False)
     settings._current = None
@@ -57,20 +57,20 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def unpadded() -> Iterator[None]:
-    """Inductor pads no matmul, as it does on a GPU where that is faster: its output has other strides then."""
+    """Keep Inductor from padding matmuls, as it does on a GPU if that is faster: padding changes strides."""
     with torch._inductor.config.patch(shape_padding=False):
         yield
 
 
 @pytest.fixture
 def device() -> str:
-    """Where models run in tests that do not care."""
+    """The device of tests that do not choose one."""
     return DEVICE
 
 
 @pytest.fixture
 def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run source text as a program of its own; fails the test with its stderr where it fails."""
+    """Run source text as a program; unless `check` is false, a program that fails fails the test."""
 
     def run(source: str, *, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -89,7 +89,7 @@ def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def no_warnings() -> Iterator[None]:
-    """Any warning of frame-swap's is an error."""
+    """Turn frame-swap's warnings into errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", errors.FrameSwapWarning)
         yield

@@ -1,4 +1,4 @@
-"""Operators that deceive Inductor when they are told to: what compiled code of them does is wrong for real.
+"""Operators and passes that make Inductor's code wrong, raise or slow, when a test asks for it.
 
 A module of its own, so that workers can import it.
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 lying = False
-"""Whether `relaid` lays its output out otherwise than it has promised; compiled code asserts what was promised."""
+"""Whether `relaid` returns other strides than its fake kernel promises; compiled code asserts the promised ones."""
 
 before_relaid: Callable[[], None] = lambda: None  # noqa: E731
-"""Called when `relaid` is."""
+"""Called by `relaid`, first thing."""
 
 raising: BaseException | type[BaseException] | None = None
 """What `fragile` raises, if anything."""
@@ -64,7 +64,7 @@ def _(x: Tensor) -> Tensor:
 
 
 class SlowDown(CustomGraphPass):
-    """A pass of Inductor's that copies slowly what an operator returns, in forwards and backwards."""
+    """A custom pass of Inductor that copies the results of one operator slowly, in forwards and backwards."""
 
     def __init__(self, slowed: str) -> None:
         self.slowed = slowed
@@ -82,7 +82,7 @@ class SlowDown(CustomGraphPass):
 
 
 class Miscompile(CustomGraphPass):
-    """A pass of Inductor's that puts one operator in place of another, in forwards and backwards."""
+    """A custom pass of Inductor that replaces one operator by another, in forwards and backwards."""
 
     def __init__(self, wanted: str, other: str) -> None:
         self.wanted = wanted

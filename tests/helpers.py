@@ -1,4 +1,4 @@
-"""Twins: one subject built twice, eager and compiled, called alike before, during and after the swap.
+"""Compare a subject's eager twin with its compiled twin before, during and after the swap.
 
 def doubles(compiled: Wrap) -> Subject:
     return Subject(compiled(lambda x: x * 2), [lambda: (torch.rand(3),)])
@@ -22,20 +22,20 @@ import frame_swap
 from frame_swap import Region, State
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Where tensors are in tests that do not care."""
+"""The device of tests that do not choose one."""
 
 Wrap = Callable[..., Any]
-"""`torch.compile`, or what leaves a function as it is; takes a function or module, and keywords."""
+"""Takes a function or module, and keywords of `torch.compile`; returns it compiled, or as it is."""
 
 
 class Subject(NamedTuple):
-    """What is called, and with what.
+    """A callable and its inputs.
 
     Attributes:
-        call: the compiled thing itself, or a function that calls it.
-        inputs: each makes the arguments of one call, anew each time; random numbers are seeded.
-        module: whose gradients and buffers are compared too.
-        tolerance: for `torch.testing.assert_close`, where its defaults for the dtype do not fit.
+        call: the compiled function or module, or a function that calls it.
+        inputs: each makes the arguments of one call, anew for each call; random numbers are seeded before.
+        module: the module whose gradients and buffers are compared, if any.
+        tolerance: keywords of `torch.testing.assert_close`, if its defaults for the dtype do not fit.
     """
 
     call: Callable[..., Any]
@@ -45,21 +45,21 @@ class Subject(NamedTuple):
 
 
 Make = Callable[[Wrap], Subject]
-"""Builds a subject with the wrapper that it is given."""
+"""Builds a subject; applies the given wrapper to the function or module under test."""
 
 
 def as_is(target: Any, **_: Any) -> Any:
-    """The wrapper of the eager twin."""
+    """Return `target`: the wrapper of the eager twin."""
     return target
 
 
 def with_frame_swap(target: Any, **keywords: Any) -> Any:
-    """The wrapper of the other one."""
+    """Compile `target` with frame-swap: the wrapper of the compiled twin."""
     return torch.compile(target, backend="frame_swap", **keywords)
 
 
 class Twins:
-    """The subject twice, from the same random numbers; `check()` compares one call of each per input."""
+    """One subject built twice from the same random numbers: an eager and a compiled twin."""
 
     def __init__(self, make: Make, device: str, wrap: Wrap = with_frame_swap) -> None:
         self.device = device
@@ -67,7 +67,7 @@ class Twins:
         self._calls = 0
 
     def check(self, stage: str) -> None:
-        """Call both with each of the inputs; outputs, gradients and all that was mutated must be equal."""
+        """Call both twins with each input; assert equal outputs, gradients and mutated tensors."""
         for at in range(len(self.eager.inputs)):
             self._calls += 1
             expected, actual = (self._observe(twin, at) for twin in (self.eager, self.compiled))
@@ -85,7 +85,7 @@ class Twins:
 
 
 def observe(call: Callable[..., Any], args: tuple[Any, ...], module: nn.Module | None = None) -> dict[str, Any]:
-    """Call, run the backward of every output that has one, and return everything that can be seen of it."""
+    """Call, run the backward of every output that has one, and return outputs, gradients, aliases and buffers."""
     outputs = call(*args)
     differentiable = [t for t in tensors_in(outputs) if t.grad_fn is not None]
     torch.autograd.backward(differentiable, [_uneven(t) for t in differentiable])
@@ -101,7 +101,7 @@ def observe(call: Callable[..., Any], args: tuple[Any, ...], module: nn.Module |
 
 
 def assert_same(actual: Any, expected: Any, where: str, tolerance: dict[str, float] | None = None) -> None:
-    """The same structure, and in it equal values, dtypes, strides and `requires_grad`."""
+    """Assert the same structure, and in it equal values, dtypes, strides and `requires_grad`."""
     expected_leaves, expected_structure = tree_flatten_with_path(expected)
     actual_leaves, structure = tree_flatten_with_path(actual)
     assert structure == expected_structure, f"{where}: {structure} is not {expected_structure}"
@@ -123,7 +123,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def codes_called(call: Callable[[], Any]) -> list[CodeType]:
-    """The code of all Python functions that this thread runs during `call`, autograd's calls included."""
+    """Code objects of all Python functions that this thread runs during `call`, autograd's calls included."""
     codes = []  # rewritten code may have constants that cannot be hashed
 
     def profile(frame: FrameType, event: str, arg: Any) -> None:
@@ -138,23 +138,23 @@ def codes_called(call: Callable[[], Any]) -> list[CodeType]:
 
 
 def called(call: Callable[[], Any]) -> set[str]:
-    """The qualified names of all Python functions that run during `call`."""
+    """Qualified names of all Python functions that run during `call`."""
     return {code.co_qualname for code in codes_called(call)}
 
 
 def is_direct(call: Callable[[], Any]) -> bool:
-    """Whether a call of what was opted in does without `torch.compile`'s wrapper."""
+    """Whether an opted-in function runs without `torch.compile`'s wrapper."""
     return not any(name.endswith(".compile_wrapper") for name in called(call))
 
 
 def wait_for_all() -> None:
-    """Until compiled code is loaded for each graph: the pair still serves, since `when` is "manual"."""
+    """Wait until compiled code is loaded for each graph; the pair still serves, since `when` is "manual"."""
     regions = frame_swap.wait().regions
     assert {r.state for r in regions} == {State.READY}, frame_swap.report()
 
 
 def swap_all() -> list[Region]:
-    """Install everything; returns the regions."""
+    """Install all compiled code; assert that nothing is left out, and return the regions."""
     regions = frame_swap.swap().regions
     for region in regions:
         assert (region.state, region.reason) == (State.INSTALLED, ""), frame_swap.report()
@@ -162,9 +162,9 @@ def swap_all() -> list[Region]:
 
 
 def through_swap(*makes: Make, device: str, wrap: Wrap = with_frame_swap) -> list[Region]:
-    """Compare eager and compiled twins while the pair serves, when compiled code is ready, and when it is in.
+    """Compare eager and compiled twins while the pair serves, when compiled code is ready, and after the swap.
 
-    Returns the regions, at least one, each on compiled code.
+    Returns the regions, at least one; compiled code is installed for each.
     """
     frame_swap.configure(when="manual")
     twins = [Twins(make, device, wrap) for make in makes]
@@ -185,7 +185,7 @@ def through_swap(*makes: Make, device: str, wrap: Wrap = with_frame_swap) -> lis
 
 
 def _uneven(output: Tensor) -> Tensor:
-    """A gradient that differs from element to element, so that mixed-up elements show."""
+    """A gradient that differs from element to element, so that a permutation of elements is noticed."""
     if is_traceable_wrapper_subclass(output):
         return torch.ones_like(output)  # of the same class
     weights = torch.linspace(0.5, 1.5, output.numel(), device=output.device)
@@ -193,7 +193,7 @@ def _uneven(output: Tensor) -> Tensor:
 
 
 def _aliases(outputs: Any, args: Any) -> list[tuple[int, int, int]]:
-    """For each tensor: which one it is, whose memory it shares, and from where on."""
+    """For each tensor: its index, the index of the first tensor with the same memory, and its storage offset."""
     plain = (t for t in tensors_in((outputs, args)) if not is_traceable_wrapper_subclass(t))
     tensors = [t for t in plain if t.layout is torch.strided]
     objects = [id(t) for t in tensors]

@@ -1,9 +1,9 @@
 """Faults, each injected at a chosen moment.
 
-A fault in a worker: `harness.plant` has the workers that start from then on run `inject.py` in place of their own
-entry. What happens there, when and how often, is a `Fault`.
+`harness.plant` makes new workers run `inject.initialize` in place of their own entry point. A `Fault` says what
+happens there, when and how often.
 
-This file is imported in the worker, too, before anything else: it imports nothing of torch.
+A worker imports this module before anything else, so it must not import torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VARIABLE = "FRAME_SWAP_TESTS_FAULT"
-"""The environment variable that takes a `Fault`, as JSON, to the worker."""
+"""The environment variable that carries a `Fault`, as JSON, to the worker."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,11 @@ class Fault:
     """What goes wrong in workers.
 
     Attributes:
-        when: "importing" torch, "compiling", "loading" what was compiled, "sending" it; or "packing", where `what`
-            changes the artifact.
+        when: "importing" torch, "compiling", "packing" the artifact, "loading" or "sending" it.
         what: the name of a function in inject.py.
-        marks: a folder, where each attempt that was hit leaves a file.
-        times: how many attempts are hit, whichever worker they come to.
-        only: hits compiles whose parcel holds this text.
+        marks: a folder; each attempt that was hit leaves a file there.
+        times: how many attempts are hit, over all workers.
+        only: hit only compiles whose parcel contains this text.
     """
 
     when: str
@@ -40,7 +39,7 @@ class Fault:
         return len(list(Path(self.marks).glob("hit-*")))
 
     def strike(self) -> bool:
-        """Whether this attempt is to be hit; counts it."""
+        """Whether to hit this attempt; if so, count it."""
         for number in range(self.times):
             try:
                 Path(self.marks, f"hit-{number}").open("x").close()

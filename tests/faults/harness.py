@@ -1,4 +1,4 @@
-"""The tests' side of a fault: plant it, and see that it did no harm."""
+"""Plant a fault, and check that it did no harm: the side of the tests' process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from . import VARIABLE, Fault, inject
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> Fault:
-    """Workers that start from now on have `fault`; those that there are end."""
+    """End the running workers; those that start from now on have `fault`."""
     monkeypatch.setattr(worker, "initialize", inject.initialize)
     monkeypatch.setenv(VARIABLE, json.dumps(asdict(fault)))
     fresh_workers()
@@ -35,7 +35,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> Fault:
 
 
 def fresh_workers() -> None:
-    """End all workers of this process, and their threads; the next compile starts others."""
+    """End all workers of this process, and the pool's threads; the next compile starts new ones."""
     pools = list(pool._all)
     backend.service._pool = None
     pool.kill_all()
@@ -49,7 +49,7 @@ def survives(
     state: State = State.FAILED,
     device: str = "cpu",
 ) -> Region:
-    """Compile `function`, whose compile fails: every call is right, one warning and the report say `words`."""
+    """Assert that the compile of `function` fails, its calls are right, and one warning and the report say `words`."""
     compiled = torch.compile(function, backend="frame_swap")
     x = torch.linspace(0.1, 0.9, 12, device=device).reshape(3, 4)
     known = len(frame_swap.report().regions)
@@ -66,7 +66,7 @@ def survives(
 
 
 def works(function: Callable[[torch.Tensor], torch.Tensor], device: str = "cpu") -> Region:
-    """Compile `function`, which ends on compiled code, and not a word is said."""
+    """Assert that compiled code of `function` is installed, its calls are right, and nothing is warned of."""
     compiled = torch.compile(function, backend="frame_swap")
     x = torch.linspace(0.1, 0.9, 12, device=device).reshape(3, 4)
     with warnings.catch_warnings():
@@ -80,7 +80,7 @@ def works(function: Callable[[torch.Tensor], torch.Tensor], device: str = "cpu")
 
 @contextlib.contextmanager
 def one_warning(*words: str) -> Iterator[None]:
-    """Exactly one FrameSwapWarning comes up in the block, and says all of `words`."""
+    """Assert that the block issues exactly one FrameSwapWarning, which contains all of `words`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -92,8 +92,8 @@ def one_warning(*words: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """After the block and the end of the workers there is no process, thread, file handle or file more."""
-    backend.service.start()  # and what loky keeps beside its first worker, for as long as the program runs
+    """Assert that the block leaves no process, thread, file handle or file once its workers have ended."""
+    backend.service.start()  # with its first worker loky starts what it keeps until the program ends
     assert backend.service.worker_pids()
     fresh_workers()
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):
@@ -106,10 +106,10 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 def held() -> dict[str, Any]:
-    """What this process holds of the system, by kind; file handles with what they are, since their numbers vary."""
+    """Child processes, threads, file handles and files, as of now. Handles go by target: their numbers vary."""
     handles = []
     for handle in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the listing's own, which is closed by now
+        with contextlib.suppress(OSError):  # the handle of the listing itself is closed by now
             handles.append(os.readlink(f"/proc/self/fd/{handle}"))
     processes = psutil.Process().children(recursive=True)
     return {

@@ -1,4 +1,4 @@
-"""A worker with a fault: runs in the worker's process."""
+"""Make a fault happen: the side of the worker's process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ initialize_worker = worker.initialize
 
 
 def initialize(*args: Any) -> None:
-    """In place of the worker's own."""
+    """Plant the fault, then initialize the worker as usual: replaces `worker.initialize`."""
     fault = Fault(**json.loads(os.environ[VARIABLE]))
     happen: Callable[[], None] = globals()[fault.what]
     aimed_at = not fault.only
@@ -42,7 +42,7 @@ def initialize(*args: Any) -> None:
         return compile_parcel(parcel, *rest)
 
     def dump(result: Any, file: Any) -> None:
-        """As usual, and hit when the half of it is written."""
+        """Write as usual; strike when the first half is written."""
         content = pickle.dumps(result)
         half = len(content) // 2
         file.write(content[:half])
@@ -51,7 +51,6 @@ def initialize(*args: Any) -> None:
         file.write(content[half:])
 
     def arm_imported() -> None:
-
         from frame_swap.artifacts import load
         from frame_swap.internals import inductor
 
@@ -73,16 +72,18 @@ def initialize(*args: Any) -> None:
 
 
 def precede(owner: Any, name: str, action: Callable[[], None]) -> None:
+    """Make `owner.name` run `action` first."""
     usual = getattr(owner, name)
     setattr(owner, name, lambda *args, **keywords: (action(), usual(*args, **keywords))[1])
 
 
 def follow(owner: Any, name: str, action: Callable[[], None]) -> None:
+    """Make `owner.name` run `action` last."""
     usual = getattr(owner, name)
     setattr(owner, name, lambda *args, **keywords: (usual(*args, **keywords), action())[0])
 
 
-# What happens
+# The faults
 
 
 def killed() -> None:
@@ -111,20 +112,20 @@ def eats_memory() -> None:
 
 
 def hangs() -> None:
-    """And never lets go of the GIL, so that other threads of the worker stand still, too."""
+    """Hang, and keep the GIL, so that the worker's other threads stand still, too."""
     ctypes.PyDLL(None).pause()
 
 
 def killed_then_hangs() -> None:
-    """At the first attempt, and at the second."""
+    """Be killed at the first attempt, hang at the second."""
     marks = json.loads(os.environ[VARIABLE])["marks"]
     if len(list(Path(marks).glob("hit-*"))) == 1:
         killed()
-    threading.Event().wait(timeout=3600)  # where `hangs` would keep locks on files of the cache from others
+    threading.Event().wait(timeout=3600)  # `hangs` would hold locks on files of the cache
 
 
 def killed_beside_a_compiler() -> None:
-    """Which has a temporary file open, as compilers do."""
+    """Be killed while a child process, like a compiler, has a temporary file open."""
     source = """if True:
         import tempfile, time
         file = tempfile.NamedTemporaryFile(prefix="frame-swap-")
@@ -139,7 +140,7 @@ def killed_beside_a_compiler() -> None:
 
 
 def finds_the_disk_full() -> None:
-    """Each file that Inductor writes into its cache, from now on."""
+    """Make every later write into Inductor's cache fail."""
     from torch._inductor import codecache
 
     def write_atomic(path: str, *args: Any, **keywords: Any) -> None:
@@ -149,7 +150,7 @@ def finds_the_disk_full() -> None:
 
 
 def libraries_crash_when_loaded() -> None:
-    """Those of the compile that is being packed."""
+    """Replace the libraries in the artifact by one that aborts when it is loaded."""
     from frame_swap.artifacts import load
 
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +165,7 @@ def libraries_crash_when_loaded() -> None:
     def dump_crashing(content: Any) -> bytes:
         if isinstance(content, tuple):
             entry, kernels = content
-            assert kernels, "there is no library that could crash"
+            assert kernels, "the artifact has no library"
             content = entry, dict.fromkeys(kernels, crashing)
         return pickle.dumps(content)
 

@@ -1,4 +1,4 @@
-"""Stopping a thread of the program at a chosen moment, so that a test does something meanwhile.
+"""Stop a thread of the program at a chosen moment, to do something meanwhile.
 
 with Moment(monkeypatch, load, "load") as loading:
     compiled(x)
@@ -22,17 +22,18 @@ from typing import Any, TypeVar
 import pytest
 
 HANG = 120.0
-"""Seconds after which what should have happened never will."""
+"""Seconds after which a test gives up waiting."""
 
 T = TypeVar("T")
 
 
 class Moment:
-    """The first call of `owner.name` stops there until the block ends, before it does anything or `after` it has.
+    """Stop the first call of `owner.name` until the block ends.
 
     Args:
         monkeypatch: undoes the patch at the end of the test.
-        after: stop when the call has returned.
+        owner, name: the patched attribute.
+        after: stop when the call is done; by default, before it begins.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, after: bool = False) -> None:
@@ -53,14 +54,14 @@ class Moment:
 
     def _stop(self) -> None:
         self._reached.set()
-        assert self._released.wait(HANG), "nobody released this thread"
+        assert self._released.wait(HANG), "this thread was not released"
 
     def wait(self) -> None:
-        """Until a thread stands there."""
+        """Wait until a thread has reached the moment."""
         assert self._reached.wait(HANG), "no thread came by"
 
     def release(self) -> None:
-        """Let it go on."""
+        """Let the thread go on."""
         self._released.set()
 
     def __enter__(self) -> Moment:
@@ -71,7 +72,7 @@ class Moment:
 
 
 class InBackground:
-    """`call` in a thread of its own; `result()` is what it returned or raised."""
+    """Run `call` in a thread; `result()` returns its result, or raises its error."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._future: Future[T] = Future()
@@ -85,7 +86,7 @@ class InBackground:
         threading.Thread(target=run, args=(call,), daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended, after at most so long."""
+        """Wait at most `seconds`; return whether the call has ended."""
         return not wait([self._future], seconds).not_done
 
     def result(self) -> Any:
@@ -93,7 +94,7 @@ class InBackground:
 
 
 class Canned(Executor):
-    """Compiles each distinct parcel once, in frame-swap's own worker, and answers others with the same outcome.
+    """An executor that compiles its first parcel in a worker, and gives every later one the same outcome.
 
     For tests that load and install one artifact many times. The first `submit` waits for the compile.
     """
@@ -111,13 +112,16 @@ class Canned(Executor):
 
 
 def interrupted(at: int, files: tuple[str, ...], call: Callable[[], Any]) -> bool:
-    """Run `call` with a KeyboardInterrupt at one of the points where Python raises them; False if it has so few.
+    """Run `call`, and raise KeyboardInterrupt at one of the points where Python itself might.
 
-    Python looks for signals where a function is entered and where C code has returned to Python code.
+    Python checks for signals when a function is entered and when C code returns to Python code.
 
     Args:
-        at: which point, from 0 on, of those in functions of `files`.
-        files: the ends of file names.
+        at: the index of the point among those in functions of `files`.
+        files: suffixes of file names.
+
+    Returns:
+        Whether there were that many points, and so an interrupt.
     """
     points = itertools.count()
     raised = False
@@ -143,9 +147,9 @@ def interrupted(at: int, files: tuple[str, ...], call: Callable[[], Any]) -> boo
 
 @contextmanager
 def stall_detector(progress: Callable[[], Any], limit: float = 60.0) -> Iterator[Callable[[], None]]:
-    """Fail with every thread's stack where `progress()` has not changed for `limit` seconds.
+    """Fail, and print all stacks, when `progress()` has not changed for `limit` seconds.
 
-    Yields what the block calls, instead of waiting for its threads without an end.
+    Yields a function that the block calls regularly while it waits.
     """
     seen = [(progress(), time.monotonic())]
 

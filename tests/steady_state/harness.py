@@ -22,18 +22,18 @@ import frame_swap
 from .seen import LOG, WATCHED, Call, ambient
 
 NOTHING_CACHED = functorch_config.patch(enable_autograd_cache=False)
-"""A backward from stock's cache was compiled for what another program did with it."""
+"""Stock caches backwards that were compiled for what another program did with them."""
 
 
 class Case(NamedTuple):
-    """A scenario, and what it calls.
+    """A scenario and its subject.
 
     Attributes:
-        scenario: is given the compiled subject; returns what there is to compare.
-        subject: what is compiled: a function, or a module's class.
-        within: entered around the whole, compiling included.
-        differs: why frame-swap differs, where it does.
-        answered: whether calls raise: the pair is asked whether it raises, too, and the log shows that.
+        scenario: takes the compiled subject, calls it, and returns the observations to compare.
+        subject: the function, or the class of the module, that is compiled.
+        within: makes a context for the whole test, compiling included.
+        differs: the reason why frame-swap differs from stock, if it does.
+        answered: whether calls raise. The pair then runs, too, to see whether it raises, and adds to the log.
         keywords: for `torch.compile`.
     """
 
@@ -83,7 +83,7 @@ class Cases:
 
 
 def observe(case: Case, backend: str) -> Any:
-    """What the scenario returns when all that it calls is compiled; and what else it leaves behind."""
+    """Run the scenario on compiled code; return its observations, the log, and the thread's state around it."""
     torch._dynamo.reset()
     frame_swap.configure(when="manual")
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def observe(case: Case, backend: str) -> Any:
         regions = swap_all()
     pair_calls = [region.pair_calls for region in regions]
 
-    case.scenario(call)  # the first call of compiled code looks for operators that alias; not again
+    case.scenario(call)  # only the first call of compiled code looks for operators that alias
     LOG.clear()
     WATCHED.clear()
     torch.manual_seed(1)
@@ -107,5 +107,5 @@ def observe(case: Case, backend: str) -> Any:
     served = [region.pair_calls for region in regions]
     assert (served != pair_calls) is (case.answered and bool(regions)), "a pair was called, or was to be"
     after, log = ambient(), [] if case.answered else LOG.copy()
-    torch.set_grad_enabled(True)  # for the tests that come
+    torch.set_grad_enabled(True)  # for later tests
     return seen, log, before, after, torch.get_rng_state(), torch.cuda.get_rng_state_all()

@@ -1,4 +1,4 @@
-"""What scenarios observe: tensors, errors, the thread's state, and the calls of an operator that takes notes."""
+"""Observations: facts about tensors, errors, the thread's state, and a log of operator calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Call = Callable[..., Any]
 
 
 def facts(*tree: Any) -> Any:
-    """`tree` with each tensor replaced by all that can be told of it now."""
+    """`tree` with each tensor replaced by a dictionary of its observable properties."""
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     memories = [storage(t) for t in tensors]
 
@@ -41,19 +41,19 @@ def facts(*tree: Any) -> Any:
 
 
 def storage(tensor: Tensor) -> int:
-    """Names a tensor's memory while that lives."""
+    """An identifier of a tensor's memory, valid as long as the memory is."""
     return (tensor.a if isinstance(tensor, TwoTensor) else tensor).untyped_storage()._cdata
 
 
 def names(node: Any) -> Any:
-    """The names of an autograd node and of those before it."""
+    """Names of an autograd node and of the next nodes of its backward."""
     if node is None:
         return None
     return node.name(), type(node).__name__, tuple(n and n.name() for n, _ in node.next_functions)
 
 
 def error(call: Callable[[], Any]) -> tuple[str, str]:
-    """The type and message of what `call` raises; it must raise."""
+    """Type and message of the error that `call` raises; fail if it raises none."""
     try:
         call()
     except Exception as raised:
@@ -62,7 +62,7 @@ def error(call: Callable[[], Any]) -> tuple[str, str]:
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What `call` returns, or what it raises."""
+    """Facts about the result of `call`, or type and message of its error."""
     try:
         return facts(call())
     except Exception as raised:
@@ -70,7 +70,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 def modes() -> dict[str, bool]:
-    """What a program reads of this thread's state."""
+    """This thread's modes, as public functions of torch tell them."""
     return {
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
@@ -79,7 +79,7 @@ def modes() -> dict[str, bool]:
 
 
 def ambient() -> dict[str, Any]:
-    """The state of this thread that wrappers change for a while."""
+    """This thread's state that wrappers change during a call."""
     return {
         **modes(),
         "view replay": torch._C._is_view_replay_enabled(),
@@ -88,10 +88,10 @@ def ambient() -> dict[str, Any]:
 
 
 LOG: list[Any] = []
-"""What operators and hooks note of their calls, in order."""
+"""Calls of operators and hooks, in order."""
 
 WATCHED: list[StorageWeakRef] = []
-"""Memory whose end is of interest."""
+"""References to memory; `freed` tells which of it is gone."""
 
 
 def freed() -> list[bool]:
@@ -104,7 +104,7 @@ def note(what: str) -> None:
 
 @custom_op("steady::watch", mutates_args=())
 def watch(x: Tensor, what: str) -> Tensor:
-    """A copy of `x`, whose memory is watched if it is to be "kept". Notes each call; so does its gradient."""
+    """A copy of `x`; if `what` is "kept", its memory is watched. Logs its calls and those of its gradient."""
     note(what)
     if FAIL and what == FAIL[0]:
         raise ArithmeticError(f"{what} failed")
@@ -115,7 +115,7 @@ def watch(x: Tensor, what: str) -> Tensor:
 
 
 FAIL: list[str] = []
-"""Which call of `watch` is to fail."""
+"""Empty, or the `what` of the call of `watch` that shall fail."""
 
 watch.register_fake(lambda x, what: torch.empty_like(x))
 

@@ -1,4 +1,4 @@
-"""What scenarios compile, and the tensors that they pass to it."""
+"""Functions and modules to compile, and tensors to pass to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .seen import facts
 
 
 def numbers(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A leaf whose elements all differ."""
+    """A leaf with distinct random elements."""
     return (torch.rand(shape, device=DEVICE) + 0.5).to(dtype).requires_grad_(grad)
 
 
@@ -42,7 +42,7 @@ class Mlp(nn.Module):
 
 
 def gradients_taken(module: nn.Module) -> Any:
-    """The parameters' gradients, which are None afterwards."""
+    """Facts about the parameters' gradients; the gradients are reset to None."""
     seen = facts([parameter.grad for parameter in module.parameters()])
     module.zero_grad()
     return seen
