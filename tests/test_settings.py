@@ -1,4 +1,4 @@
-"""Bad input gets an error that says what to do; good input reaches where it should."""
+"""Invalid settings raise errors that say what to do; valid ones take effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`profit=True` turns away what is slower, says by how much, and leaves no trace."""
+"""`profit=True` rejects slower code, reports by how much it is slower, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def slow_sine(x: Tensor) -> Tensor:
 
 
 def measured(function: Callable[..., Any], make: Callable[[], Tensor], custom_pass: Any) -> tuple[Any, Region]:
-    """`function`, called until there is a verdict; with its backward where there is one."""
+    """Call `function`, and its backward if it has one, until there is a verdict."""
     compiled = torch.compile(function, backend="frame_swap")
 
     def call() -> None:
@@ -134,7 +134,7 @@ def test_what_raises_while_it_is_timed_is_answered() -> None:
 
 
 class Clock:
-    """Time passes only while one of the sides runs."""
+    """A clock that advances only while one of the sides runs."""
 
     def __init__(self) -> None:
         self.now = 0.0

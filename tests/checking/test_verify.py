@@ -1,4 +1,4 @@
-"""`verify=n` finds what is wrong in compiled code, changes nothing for the caller, and leaves no trace."""
+"""`verify=n` finds errors in compiled code, changes nothing for the caller, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_without_verify_they_go_unnoticed(repro_dir: Path) -> None:
 
 
 class Everything(nn.Module):
-    """Parameters, buffers changed in place, an input changed in place that needs a gradient, and views of it."""
+    """Has parameters; writes to buffers and to an input that needs a gradient; returns a view of its output."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The runner, on a source tree of four tests: what it reports, and that it survives them."""
+"""The runner, on a source tree of four tests: it survives them, and reports their outcomes."""
 
 from __future__ import annotations
 

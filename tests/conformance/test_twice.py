@@ -1,4 +1,4 @@
-"""The check that mode "ready" makes finds what is wrong, and nothing else."""
+"""Mode "ready"'s check finds errors, and raises no false alarm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole programs: what runs in which process."""
+"""Whole programs: which work runs in which process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_no_inductor_compile_runs_in_the_calling_process(run_program: Any) -> No
 
 
 def test_a_foreground_region_is_seen_to_compile_here(run_program: Any) -> None:
-    """The same watch, on what does compile in the calling process: it can see it."""
+    """The same watch does see a compile in the calling process."""
     program = (
         WATCH
         + """

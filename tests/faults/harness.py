@@ -49,7 +49,7 @@ def survives(
     state: State = State.FAILED,
     device: str = "cpu",
 ) -> Region:
-    """Assert that the compile of `function` fails, its calls are right, and one warning and the report say `words`."""
+    """Assert that `function` fails to compile, calls are right, and one warning and the report say `words`."""
     compiled = torch.compile(function, backend="frame_swap")
     x = torch.linspace(0.1, 0.9, 12, device=device).reshape(3, 4)
     known = len(frame_swap.report().regions)

@@ -1,4 +1,4 @@
-"""Artifacts that are damaged, made for something else, or held for longer than they are needed."""
+"""Artifacts that are damaged, made for another environment, or kept too long."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.fast
 
 
 class Damaging:
-    """An executor: the workers, whose artifacts come to harm on the way."""
+    """An executor that damages the artifacts that the workers send."""
 
     def __init__(self, damage: Callable[[bytes], bytes]) -> None:
         self._damage = damage
@@ -44,7 +44,7 @@ class Damaging:
 
 
 def made_for(**changes: Any) -> Callable[[bytes], bytes]:
-    """Changes what an artifact says that it was made for."""
+    """Change the environment that an artifact's header names."""
 
     def change(sealed: bytes) -> bytes:
         header, _, content = sealed.partition(b"\n")
@@ -76,7 +76,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 class Bomb:
-    """Goes off when it is unpickled."""
+    """Raises when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pytest.fail, ("it was unpickled",)
@@ -110,7 +110,7 @@ def test_a_damaged_artifact_leaves_the_pair(damage: str) -> None:
 def test_the_bytes_of_an_artifact_go_when_it_is_installed(
     monkeypatch: pytest.MonkeyPatch, when: Any, delay: float
 ) -> None:
-    """Without waiting for the garbage collector."""
+    """They go without the garbage collector."""
     seen = []
     usual = load.load
     monkeypatch.setattr(load, "load", lambda sealed, *a, **k: (seen.append(sealed), usual(sealed, *a, **k))[1])
@@ -133,7 +133,7 @@ def test_the_bytes_of_an_artifact_go_when_it_is_installed(
 
 
 def idle() -> None:
-    """Until the threads that had to do with a compile are done with it."""
+    """Wait until no thread is at work on a compile."""
     loader = backend.service._loader
     if loader is not None:
         loader.submit(int).result()

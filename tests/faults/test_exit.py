@@ -1,4 +1,4 @@
-"""The program ends while compiles are pending: at once, and nothing of its workers' stays behind."""
+"""A program that ends while compiles are pending ends at once, and leaves no process or file of its workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PENDING = """
 
 @pytest.fixture
 def blocked_compiler(tmp_path: Path) -> Path:
-    """A C++ compiler that never ends, nor does what it starts; both write down their process ids."""
+    """A C++ compiler that never ends, and starts a child that never ends; both write down their PIDs."""
     compiler = tmp_path / "c++"
     compiler.write_text(
         f"#!/bin/sh\necho $$ >> {tmp_path}/pids\nsleep 100000 &\necho $! >> {tmp_path}/pids\nwait\n"
@@ -37,7 +37,7 @@ def blocked_compiler(tmp_path: Path) -> Path:
 
 
 def start(ending: str, compiler: Path) -> subprocess.Popen[str]:
-    """A program whose worker is in the middle of a C++ compile. It prints its workers' pids, then does `ending`."""
+    """Start a program that prints its workers' PIDs during a C++ compile, reads a line, and executes `ending`."""
     pids = compiler.parent / "pids"
     program = PENDING + (
         f"""
@@ -104,7 +104,7 @@ def test_an_end_in_the_middle_of_a_compile(
     ],
 )
 def test_the_end_with_another_pool_than_the_first(another: str, run_program: Any) -> None:
-    """loky waits for each pool in an exit hook of its own."""
+    """loky waits for each pool in a separate exit hook."""
     run_program(
         PENDING
         + f"""

@@ -97,7 +97,7 @@ PROGRAM = """
 
 
 def run(run_program: Any, program: str) -> dict[str, list[str]]:
-    """The states that parent and children print, by who prints them."""
+    """The states that parent and children print, by printer."""
     done = run_program(textwrap.dedent(PROGRAM) + textwrap.dedent(program))
     lines = [line.split() for line in done.stdout.splitlines()]
     return {who: states for who, *states in lines}
@@ -158,7 +158,7 @@ def test_a_fork_waits_for(moment: str, run_program: Any) -> None:
 
 
 def test_a_fork_waits_for_the_compile_lock(run_program: Any) -> None:
-    """A user's capture holds it, too. The child would wait for ever for a lock that nobody gives back."""
+    """A user's capture holds it, too; a child forked meanwhile would wait for it for ever."""
     states = run(
         run_program,
         """
@@ -178,7 +178,7 @@ def test_a_fork_waits_for_the_compile_lock(run_program: Any) -> None:
 
 
 def test_locks_that_other_threads_hold(run_program: Any) -> None:
-    """For moments: a fork does not wait for these, and the child has its own."""
+    """A fork does not wait for locks that are held only for moments; the child gets new ones."""
     states = run(
         run_program,
         """
@@ -217,7 +217,7 @@ def test_locks_that_other_threads_hold(run_program: Any) -> None:
 
 
 def test_a_child_that_runs_to_its_end(run_program: Any) -> None:
-    """Through Python's and loky's exit hooks, with workers of its parent's and a compile of its own pending."""
+    """It runs Python's and loky's exit hooks, with its parent's workers alive and a compile of its own pending."""
     states = run(
         run_program,
         """
@@ -297,7 +297,7 @@ def test_workers_of_a_data_loader(method: str, tmp_path: Path) -> None:
 
 
 def run_script(folder: Path, body: str) -> dict[str, list[str]]:
-    """A program in a file, which processes that are spawned import."""
+    """Run a program from a file, so that spawned processes can import it."""
     script = folder / "train.py"
     program = textwrap.dedent(PROGRAM).replace("x = torch.randn(8, 8)", "x = torch.ones(8, 8) / 8")
     parts = textwrap.dedent(SCRIPT).partition("{program}")

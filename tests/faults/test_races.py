@@ -1,4 +1,4 @@
-"""What the program does while its frames compile, load and install: before, meanwhile, and from another thread.
+"""Events of the program while its frames compile, load and install, also on other threads.
 
 Each combination of a moment and an event is one case. A moment is held by stopping the thread that is in it.
 """
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
 class Program:
-    """A function of a module, a number and a class, compiled; and weak references to all that its compile makes."""
+    """A compiled function of a module, a number and a class, with weak references to all objects of its compile."""
 
     SOURCE = "def function(x):\n    return model(x).sin() * scale if marker is not None else x\n"
 
@@ -67,7 +67,7 @@ class Program:
         torch.testing.assert_close(self.compiled(self.x), self.function(self.x))
 
     def delete(self, *names: str) -> list[weakref.ref[Any]]:
-        """Forget globals, and the compiled function; what has to be gone then."""
+        """Delete globals and the compiled function; return the objects that must be freed then."""
         deleted = [weakref.ref(self.scope.pop(name)) for name in names]
         if "function" in names:
             del self.function, self.compiled
@@ -76,14 +76,14 @@ class Program:
 
 
 class Silent(Executor):
-    """Never answers."""
+    """An executor that never returns a result."""
 
     def submit(self, call: Callable[[], Any], /, *args: Any, **keywords: Any) -> Future[Any]:  # type: ignore[override]
         return Future()
 
 
 class Held(Executor):
-    """Frame-swap's own workers; what they send back is kept until `release`."""
+    """An executor of frame-swap's workers that keeps their results until `release`."""
 
     def __init__(self) -> None:
         self._held: list[tuple[Future[Any], Future[Any]]] = []
@@ -197,7 +197,7 @@ def test_the_function_and_its_model_are_deleted(moment: Any, monkeypatch: pytest
 
 @for_each_moment
 def test_what_guards_are_about_is_deleted(moment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo empties the cache entry at once then, whoever holds its lock."""
+    """Dynamo then empties the cache entry at once, even if another thread holds its lock."""
     with moment(monkeypatch) as program:
         deleted = program.delete("marker")
     (first,) = frame_swap.wait().regions
@@ -329,7 +329,7 @@ def assert_nothing_is_held() -> None:
 
 @pytest.mark.parametrize("event", ["delete", "recompile", "global", "stance", "swap"])
 def test_another_thread_races_with_the_calls(event: str) -> None:
-    """Whichever comes first in a round: no call raises, each returns what it should.
+    """In whatever order they come, no call raises, and each result is right.
 
     A reset is not among them: PyTorch itself crashes where one thread resets while another calls ("eager" does).
     """
@@ -373,7 +373,7 @@ def test_another_thread_races_with_the_calls(event: str) -> None:
 
 
 def test_a_job_may_be_cancelled_wherever_garbage_is_collected() -> None:
-    """A trampoline that is part of a cycle goes at any allocation, also where this thread holds the locks."""
+    """A trampoline in a reference cycle may be freed at any allocation, even while this thread holds locks."""
     frame_swap.configure(executor=Silent())
     program = Program()
     program.check()
@@ -418,7 +418,7 @@ def assert_both_swap(program: Program, second: Callable[[], None], first: Callab
 
 
 def assert_freed(program: Program) -> None:
-    """All of what the first graph's compile made."""
+    """Assert that all objects of the first graph's compile are freed."""
     backend.service._loader and backend.service._loader.submit(lambda: None).result(HANG)  # it has let go, too
     gc.collect()
     assert len(program.freed) >= 4

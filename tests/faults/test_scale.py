@@ -1,4 +1,4 @@
-"""Many graphs, many recompiles, many threads: nothing piles up, and nothing gets stuck."""
+"""With many graphs, recompiles or threads, nothing accumulates and nothing hangs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MB = 1 << 20
 
 
 def functions(count: int, body: str) -> Iterator[Callable[..., Any]]:
-    """Functions with code objects of their own; `body` may name `number`."""
+    """Functions with separate code objects; `body` is formatted with `number`."""
     for number in range(count):
         scope: dict[str, Any] = {}
         exec(compile(f"def function(x):\n    return {body.format(number=number)}\n", __file__, "exec"), scope)
@@ -31,7 +31,7 @@ def functions(count: int, body: str) -> Iterator[Callable[..., Any]]:
 
 
 def settle() -> None:
-    """Wait for all compiles, however long they take in all."""
+    """Wait for all compiles, as long as there is progress."""
     with stall_detector(lambda: sum(r.awaited for r in region.regions())) as check:
         while not region.wait_until_settled(1.0):
             check()

@@ -1,4 +1,4 @@
-"""Who may do what: folders that code is loaded from, and who can talk to a worker."""
+"""Other users can neither change code that is loaded nor talk to a worker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder that is in order, with a folder and a file in it."""
+    """A folder with correct permissions that holds a folder and a file."""
     folder = tmp_path / "cache"
     (folder / "fx").mkdir(parents=True)
     (folder / "fx" / "code.py").write_text("")
@@ -34,7 +34,7 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
-    """Of folders, and what was said of them."""
+    """Forget checked folders and issued warnings."""
     folders._searched.clear()
     backend._warn_once.cache_clear()
     yield
@@ -102,7 +102,7 @@ def test_a_link_is_followed_through_folders_that_are_in_order(place: Path) -> No
 
 
 def test_a_cache_that_others_can_write_to_is_not_used(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-    """One warning for two graphs; the private folder is closed to others, and gone with its worker."""
+    """Two graphs, one warning. The private folder is closed to others, and removed with its worker."""
     place.chmod(0o777)
     there = sorted(place.rglob("*"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(place))
@@ -122,7 +122,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(monkeypatch: pytest.Monkey
 
 
 def test_the_callers_own_loads_heed_it_too(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-    """The loader thread runs code from the cache folder as well."""
+    """The loader thread, too, runs code from the cache folder."""
     place.chmod(0o777)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(place))
     with folders.safe_caches() as remarks:
@@ -151,7 +151,7 @@ def test_a_folder_of_the_programs_that_others_may_read_stays_as_it_is(
 
 @pytest.mark.parametrize("mode", [None, 0o755, 0o775])
 def test_the_default_folder_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: int | None) -> None:
-    """Also where `torch.compile` has made it, for all to read or for a group to write."""
+    """Also if `torch.compile` has made it readable for all or writable for a group."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(folders, "_program_temp", lambda: str(tmp_path))
     default = Path(folders.default_cache())
@@ -217,7 +217,7 @@ def test_a_temporary_folder_that_others_control_loads_nothing(
 
 
 def sockets_of(*pids: int) -> list[str]:
-    """Sockets of any kind that workers have, and those of this process that listen."""
+    """All sockets of workers, and the listening sockets of this process."""
     found = []
     for pid in pids:
         for connection in psutil.Process(pid).net_connections(kind="all"):
@@ -228,7 +228,7 @@ def sockets_of(*pids: int) -> list[str]:
 
 
 def _accepts(pid: int, handle: int) -> bool:
-    """Whether a Unix socket takes connections: the kernel's flag __SO_ACCEPTCON."""
+    """Whether a Unix socket accepts connections: the kernel's flag __SO_ACCEPTCON."""
     inode = os.readlink(f"/proc/{pid}/fd/{handle}").removeprefix("socket:[").rstrip("]")
     rows = [line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]]
     return any(int(row[3], 16) & 0x10000 for row in rows if row[6] == inode)

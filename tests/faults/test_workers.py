@@ -1,4 +1,4 @@
-"""Workers that die, hang, or find that something is missing: the program goes on, and is told once."""
+"""Workers that die, hang or miss something: the program goes on, and is warned once."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .harness import fresh_workers, nothing_left_behind, plant, survives, works
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of all tests, since what Inductor finds out about the machine takes seconds."""
+    """One cache folder for all tests, since Inductor takes seconds to examine the machine."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Of one test."""
+    """A cache folder for one test."""
     folder = tmp_path / "cache"
     folder.mkdir()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
@@ -42,7 +42,7 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_worker(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[None]:
-    """Which compiles, since its cache is of this run; and none of this process when the test is over."""
+    """Start each test with one worker and this run's cache; end all workers after it."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     frame_swap.configure(workers=1)
     yield
@@ -51,7 +51,7 @@ def one_worker(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[None]:
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Fault]:
-    """Gives workers a fault; `faulty("compiling", "killed")`."""
+    """Gives new workers a fault: `faulty("compiling", "killed")`."""
 
     def faulty(when: str, what: str, **details: Any) -> Fault:
         return plant(monkeypatch, Fault(when, what, str(tmp_path), **details))
@@ -155,7 +155,7 @@ RETRYING = """
 
 
 def retrying(marks: Path) -> tuple[str, dict[str, str]]:
-    """A program whose compile is at its second attempt, which hangs; and its environment."""
+    """A program whose compile hangs at its second attempt, and the environment that makes it so."""
     fault = Fault("compiling", "killed_then_hangs", str(marks))
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {VARIABLE: json.dumps(dataclasses.asdict(fault)), "PYTHONPATH": path, "FRAME_SWAP_WORKERS": "1"}
@@ -205,7 +205,7 @@ def test_a_hang_ends_with_the_time_limit(faulty: Callable[..., Fault]) -> None:
 def test_a_hang_that_keeps_the_gil_leaves_its_traceback_in_the_log(
     faulty: Callable[..., Fault], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The time is up when the worker is where it should be, and not before."""
+    """The time limit ends once the worker hangs, not before."""
     fault = faulty("compiling", "hangs")
     caplog.set_level(logging.INFO, "frame_swap.backend")
     frame_swap.configure(job_timeout=3600)
@@ -310,7 +310,7 @@ def test_idle_workers_end_and_come_back() -> None:
 
 
 def runs(pid: int) -> bool:
-    """Whether the process is there, and no zombie that nobody has asked for."""
+    """Whether the process exists and is not a zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -318,7 +318,7 @@ def runs(pid: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Until it holds; a minute at most."""
+    """Wait until `condition()` holds, a minute at most."""
     pause = threading.Event()
     for _ in range(1200):
         if condition():

@@ -1,4 +1,4 @@
-"""`opt_in` calls rewritten code past `torch.compile`'s wrapper, where that makes no difference to the result."""
+"""`opt_in` calls rewritten code without `torch.compile`'s wrapper, if that does not change the result."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def f(x: Tensor) -> Tensor:
 
 
 def swapped(function: Any, *args: Any, **options: Any) -> Any:
-    """`function` opted in, called with each of `args`, and swapped in."""
+    """Opt `function` in, call it with each of `args`, and swap."""
     opted = frame_swap.opt_in(**options)(function)
     for arg in args or (torch.ones(3),):
         opted(arg)
@@ -52,7 +52,7 @@ def swapped(function: Any, *args: Any, **options: Any) -> Any:
 
 
 def table_of(function: Any) -> Any:
-    """What the dispatcher keeps of `function`."""
+    """The dispatcher's table for `function`."""
     gc.collect()
     (table,) = (table for table in dispatch._tables if table.function is function)
     return table
@@ -223,7 +223,7 @@ def test_a_profile_names_the_region() -> None:
 
 @pytest.mark.parametrize("takes", ["an argument", "nothing"])
 def test_tracers_and_transforms_see_what_they_see_with_torch_compile(takes: str) -> None:
-    """Also where no guard could tell: the function takes no tensor that a tracer has its hand on."""
+    """Even if no guard can tell, since the function takes no traced tensor."""
     held = torch.ones(3)
 
     def function(x: Tensor | None) -> Tensor:
@@ -468,7 +468,7 @@ def test_a_module_goes_directly_until_it_has_hooks(static: bool) -> None:
 
 @ways
 def test_torch_s_own_modules_are_compiled_too(static: bool) -> None:
-    """Dynamo passes over their frames, unless it is led into them."""
+    """Dynamo skips their frames unless it is told to trace them."""
     x = torch.rand(2, 4)
     model = swapped(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), x, static_module=static)
     torch.testing.assert_close(model(x), model.forward(x))

@@ -1,4 +1,4 @@
-"""`guards.predicate` against sympy: the source must say of any integers what torch's own evaluation says."""
+"""`guards.predicate` against sympy: for any integers, the source gives the result of torch's own evaluation."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ UNBUILDABLE = (  # raised by torch and sympy themselves
 
 
 def holds(relation: sympy.Basic, values: Values) -> bool:
-    """What the source of `relation` says of `values`."""
+    """Evaluate the source of `relation` for `values`."""
     text = source([relation], NAMES)
     return eval(text, {str(symbol): value for symbol, value in values.items()})  # type: ignore[no-any-return]
 
 
 def expected(relation: sympy.Basic, values: Values) -> bool:
-    """What sympy says of `values`: False where torch's functions are undefined."""
+    """sympy's result for `values`; False if one of torch's functions is undefined there."""
     try:
         return bool(_evaluate(relation, values))
     except ArithmeticError:
@@ -69,7 +69,7 @@ def expected(relation: sympy.Basic, values: Values) -> bool:
 
 
 def _evaluate(expr: sympy.Basic, values: Values) -> sympy.Basic:
-    """`expr.xreplace(values)`, node by node, so that a node without a finite value cannot go unnoticed."""
+    """`expr.xreplace(values)`, node by node, so that a node without a finite value is noticed."""
     if not expr.args:
         return expr.xreplace({symbol: sympy.Integer(value) for symbol, value in values.items()})
     args = [_evaluate(arg, values) for arg in expr.args]
@@ -99,7 +99,7 @@ valuations = st.fixed_dictionaries(dict.fromkeys(SYMBOLS, integers) | dict.fromk
 
 @st.composite
 def trees(draw: st.DrawFn, depth: int) -> Any:
-    """An integer expression, as sympy simplifies it or (where that matters more) exactly as built."""
+    """An integer expression, simplified by sympy or left as built."""
     if depth == 0 or draw(st.integers(0, 5)) == 0:
         return draw(st.one_of(st.sampled_from([*SYMBOLS, *SIZES]), st.integers(-9, 9).map(sympy.Integer)))
     how = {"evaluate": draw(st.booleans())}
@@ -118,7 +118,7 @@ def trees(draw: st.DrawFn, depth: int) -> Any:
 
 @st.composite
 def guards(draw: st.DrawFn, depth: int) -> Any:
-    """A relation, or relations joined."""
+    """A relation, or a conjunction or disjunction of relations."""
     join = draw(st.sampled_from([None, None, sympy.And, sympy.Or, sympy.Not]))
     if depth and join:
         operands = [draw(guards(depth - 1)) for _ in range(1 if join is sympy.Not else 2)]

@@ -1,4 +1,4 @@
-"""What a compile learns of sizes after Dynamo has closed the frame's guards: checked in the rewritten code."""
+"""Guards on sizes that a compile adds after Dynamo has closed the frame's own; the rewritten code checks them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Function = Callable[[Tensor], Any]
 
 
 def pool(x: Tensor) -> Tensor:
-    """Inductor compiles it for one size of `x` only: an artifact each."""
+    """Inductor compiles it for a single size of `x`, so each size needs an artifact."""
     return adaptive_avg_pool2d(x.sin(), 2)
 
 
 def widen(x: Tensor) -> Tensor:
-    """Inductor compiles its long rows otherwise than its short ones."""
+    """Inductor compiles it differently for long rows than for short ones."""
     return torch.cat([x, x[:, 1:]], 1).softmax(1)
 
 
@@ -89,7 +89,7 @@ def test_each_size_gets_an_artifact_in_whatever_order_they_come(sizes: Sequence[
 def test_what_is_asked_for_as_soon_as_the_first_artifact_is_there_is_awaited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another thread may install it, and ask for more, before the loader thread has returned from offering it."""
+    """Another thread may install the artifact and request another before the loader thread's offer has returned."""
     function = compiled(pool)
     settle, returned = Region.settle, threading.Event()
     offer = Trampoline.offer
@@ -188,7 +188,7 @@ def test_where_the_frame_cannot_be_rewritten_the_predicate_is_called() -> None:
 
 
 def test_when_wait_late_guards_are_not_late() -> None:
-    """Dynamo recompiles for them as it does for stock Inductor."""
+    """Dynamo recompiles for them, as for stock Inductor."""
     frames = {}
     for name in ("inductor", "frame_swap"):
         torch._dynamo.reset()
@@ -202,7 +202,7 @@ def test_when_wait_late_guards_are_not_late() -> None:
 
 
 class Tampering:
-    """An executor: the workers, with something to say about what they send back."""
+    """An executor that changes fields of the workers' outcomes."""
 
     def __init__(self, tamper: Callable[[worker.Outcome], dict[str, Any]]) -> None:
         self._tamper = tamper

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def honest() -> Iterator[None]:
-    """Operators lie only where a test says so."""
+    """Reset `faulty.lying` after each test."""
     yield
     faulty.lying = False
 
@@ -121,7 +121,7 @@ def test_cuda_graphs_of_reduce_overhead(train: bool) -> None:
 
 
 def replays_noted(monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.CUDAGraph]:
-    """Each replay of a CUDA graph from now on."""
+    """A list that each later replay of a CUDA graph appends to."""
     replays: list[torch.cuda.CUDAGraph] = []
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
@@ -139,7 +139,7 @@ class Mlp(torch.nn.Module):
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_cuda_graphs_of_what_is_opted_in(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past `torch.compile`'s wrapper, too, each call is a step: it replays, over the last one's outputs."""
+    """Without `torch.compile`'s wrapper, too, each call is a step: its replay overwrites the last one's outputs."""
     frame_swap.configure(when="manual")
     replays = replays_noted(monkeypatch)
 
@@ -196,7 +196,7 @@ def test_cuda_graphs_of_what_is_opted_in(train: bool, monkeypatch: pytest.Monkey
 
 @custom_op("gpu_test::uncapturable", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def uncapturable(x: Tensor) -> Tensor:
-    """A copy; may not be called while a CUDA graph is recorded."""
+    """Copies `x`; must not be called while a CUDA graph is recorded."""
     return x.clone()
 
 

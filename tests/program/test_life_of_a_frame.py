@@ -1,4 +1,4 @@
-"""The seven steps of `backend.py`, each seen to happen, in order, and nothing left behind."""
+"""The seven steps of a frame's life happen in order, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def only_entry(code: CodeType) -> Any:
 
 
 def files_called(call: Callable[[], Any]) -> set[str]:
-    """The files of all Python code that runs during `call`."""
+    """Files of all Python code that runs during `call`."""
     return {code.co_filename for code in codes_called(call)}
 
 

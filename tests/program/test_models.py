@@ -1,4 +1,4 @@
-"""Real models with random weights through the swap: inference, training, all parameters' gradients."""
+"""Real models with random weights, in inference and training, before, during and after the swap."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def tokens() -> dict[str, Tensor]:
 
 
 class Layer(nn.Module):
-    """Causal attention and a feed-forward net, each behind a norm and added to what came in."""
+    """Causal attention and a feed-forward net, each with a norm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model whose output embedding is its input embedding."""
+    """A language model with tied input and output embeddings."""
 
     def __init__(self, vocabulary: int, width: int, heads: int, layers: int) -> None:
         super().__init__()

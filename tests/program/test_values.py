@@ -271,7 +271,7 @@ def batch_norm_by_turns_in_train_and_eval_mode(compiled: Wrap) -> Subject:
 
 
 class Counting(nn.Module):
-    """Its buffer counts calls, in place and by rebinding."""
+    """Counts calls in buffers: in place in one, by rebinding in the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -455,7 +455,7 @@ def test_several_models_at_once(device: str) -> None:
 
 
 def in_threads(*calls: Callable[[], Any], capturing: bool = False) -> None:
-    """Each call in a thread of its own, all at the same moment.
+    """Make all calls at once, each in its own thread.
 
     Not those that capture on torch 2.11, where Dynamo in a second thread crashes the process, with stock
     backends ("aot_eager"), too, even if one thread ends before the next begins.

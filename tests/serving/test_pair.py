@@ -1,4 +1,4 @@
-"""The pair leaves cores to the workers that compile, and no trace of that."""
+"""While workers compile the pair uses fewer threads; afterwards thread counts are as before."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOTED: list[tuple[int, int]] = []
 
 @custom_op("pair_test::note", mutates_args=())
 def note(x: Tensor) -> Tensor:
-    """Notes how many threads an op may use, here and in a thread that starts now."""
+    """Record how many threads an op may use, in this thread and in a new one."""
     others: list[int] = []
     thread = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
     thread.start()

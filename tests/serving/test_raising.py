@@ -27,7 +27,7 @@ Function = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def honest() -> Iterator[None]:
-    """Operators lie and raise only where a test says so; a slate of warnings for each."""
+    """Reset the faulty operators after each test."""
     yield
     faulty.lying, faulty.raising = False, None
 
@@ -41,7 +41,7 @@ def breaks(x: Tensor) -> Tensor:
 
 
 def swapped(function: Function, *args: Any, wrap: Function | None = None) -> tuple[Function, Region]:
-    """`function` with compiled code in place, called once before, and its region."""
+    """Compile `function`, call it once and swap; return it and its region."""
     frame_swap.configure(when="manual")
     compiled: Function = (wrap or compile_)(function)
     compiled(*args)
@@ -67,7 +67,7 @@ def behind_a_wrapper(function: Function) -> Function:
 
 
 def check_answered(compiled: Function, function: Function, region: Region, make: Function) -> None:
-    """A call in which compiled code raises, and those after it."""
+    """Check a call in which compiled code raises, and later calls."""
     served, expected = region.pair_calls, observe(function, make())
     assert_same(observe(compiled, make()), expected, "on compiled code")
     assert region.pair_calls == served

@@ -1,4 +1,4 @@
-"""What a compile leaves behind besides code is heard as if it had been compiled here: stock's, and ours."""
+"""Metrics, logs, traces and warnings of a compile in a worker are those of a stock compile in this process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test waits for two compiles t
 
 
 class Listener(logging.Handler):
-    """Keeps the records that it is handed."""
+    """Keeps all records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Listener(logging.Handler):
 
 @pytest.fixture
 def listener() -> Iterator[Listener]:
-    """Listens to Inductor's loggers and the structured trace; what is enabled is for the test."""
+    """Listen to Inductor's loggers and the structured trace; the test chooses the levels."""
     with listening() as heard:
         yield heard
 
@@ -74,7 +74,7 @@ def listening() -> Iterator[Listener]:
 
 
 class Heard(NamedTuple):
-    """All that was heard of one program's compile."""
+    """Everything recorded during the compile of one program."""
 
     metrics: dict[str, Any]
     counters: dict[str, dict[str, int]]
@@ -85,7 +85,7 @@ class Heard(NamedTuple):
 
 
 def train(backend: str) -> None:
-    """A forward and a backward, both compiled."""
+    """Compile and run a forward and a backward."""
 
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (x @ y).softmax(-1).sum(0, keepdim=True) + x.sin().sum()
@@ -114,14 +114,14 @@ def hear(backend: str) -> Heard:
 
 
 def _text(value: Any) -> Any:
-    """A metric, with the names of Inductor's nodes for these, which cannot be pickled."""
+    """A metric with Inductor's nodes replaced by their names, since nodes cannot be pickled."""
     if isinstance(value, (list, tuple)):
         return [_text(item) for item in value]
     return value.get_name() if hasattr(value, "get_name") else value
 
 
 def hear_anew(backend: str, folder: Path) -> Heard:
-    """In a process that has compiled nothing yet, and with workers that have not either."""
+    """Run `hear` in a new process with new workers."""
     file = folder / backend
     program = (
         f"import pickle, test_echo; open({str(file)!r}, 'wb').write(pickle.dumps(test_echo.hear({backend!r})))"
@@ -243,12 +243,12 @@ def test_torch_logs_and_torch_trace_of_a_program(run_program: Any, tmp_path: Pat
 
 
 def anonymous(line: str) -> str:
-    """A line of a log without time, process, and what the program's own files and Python's ids are called."""
+    """A log line without time, PID, object ids and the names of the program's own files."""
     return re.sub(r"(?<!\w)/\S+|0x\w+|<eval_with_key>\.\d+", "...", re.sub(r"^[VIWE]\d{4} \S+ \d+ ", "", line))
 
 
 def parsed(trace: str) -> set[str]:
-    """The kinds of record in a structured trace, each of which refers only to strings that come before it."""
+    """Kinds of records in a structured trace; assert that each refers only to strings before it."""
     known, seen = set(), set()
     for line in trace.splitlines():
         if line.startswith("\t") or not line:
@@ -303,7 +303,7 @@ def test_where_nobody_listens_only_totals_travel(monkeypatch: pytest.MonkeyPatch
 
 
 def echo_of(call: Callable[[], Any]) -> bytes:
-    """What a worker that makes this call would send back to those who listen now."""
+    """The echo that a worker would send to this process's listeners after `call`."""
     elsewhere = dataclasses.replace(echo.Audience.capture(), pid=0)
     kept: list[bytes] = []
     with echo.recorded(elsewhere, kept.append):

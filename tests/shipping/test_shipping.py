@@ -1,4 +1,4 @@
-"""What is shipped to a worker and what stays, each with one example; what stays is compiled by stock Inductor."""
+"""Which graphs are shipped to a worker; the others are compiled by stock Inductor in the foreground."""
 
 from __future__ import annotations
 
@@ -338,7 +338,7 @@ def nested_compile_regions(compiled: Wrap) -> Subject:
 
 @pytest.mark.parametrize("make", [cond, nested_compile_regions], ids=lambda make: make.__name__)
 def test_loading_traces_nothing(make: Make, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tracing a graph patches `nn.Module.__call__` for all threads; so does unpickling one."""
+    """Tracing and unpickling a graph patch `nn.Module.__call__` for all threads."""
     frame_swap.configure(when="manual")
     traced: list[Any] = []
     monkeypatch.setattr(torch.fx.graph_module, "_deserialize_graph_module", lambda *args: traced.append(args))
@@ -410,7 +410,7 @@ def subclass_of_tensors_with_a_gradient(compiled: Wrap) -> Subject:
 
 
 class Weight(nn.Parameter):
-    """A parameter that is no more than that."""
+    """A module that is a single parameter."""
 
 
 @shipped
@@ -639,7 +639,7 @@ def test_a_module_whose_settings_a_worker_does_not_share_is_not_believed(
 
 
 def foreground(make: Make, device: str) -> Region:
-    """Compare the twins; return the one region, which stock Inductor compiled here, once."""
+    """Compare the twins; return the one region, compiled once in the foreground."""
     twins = Twins(make, device)
     for stage in ("at", "after"):
         twins.check(stage)
@@ -709,7 +709,7 @@ def test_nested_tensors_stay(device: str) -> None:
 
 
 def test_a_sparse_input_is_left_to_eager_or_stays(device: str) -> None:
-    """Dynamo leaves such a frame to eager, or captures what cannot be shipped, depending on the version."""
+    """Depending on the version, Dynamo leaves the frame to eager or captures a graph that cannot be shipped."""
 
     def make(compiled: Wrap) -> Subject:
         return Subject(compiled(lambda x, y: (x @ y).sin()), [lambda: (torch.eye(6).to_sparse(), *rand())])
@@ -729,7 +729,7 @@ def test_a_tensor_in_the_graph_stays(device: str) -> None:
 
 
 def test_hooks_on_saved_tensors_that_are_graphs_stay() -> None:
-    """They become a part of the graph, for stock and here, and then are not quite what they are for eager."""
+    """They become a part of the graph, with stock, too, and then do not do quite the same as in eager."""
     pack = torch.fx.symbolic_trace(lambda x: (x * 16).to(torch.int8))
     unpack = torch.fx.symbolic_trace(lambda x: x.to(torch.float32) / 16)
     x, gradients = torch.rand(6, 4), []
@@ -746,7 +746,7 @@ def test_hooks_on_saved_tensors_that_are_graphs_stay() -> None:
 
 
 def test_collectives_stay() -> None:
-    """Compiled in the foreground, where the process group is."""
+    """The process group exists only in this process."""
     import torch.distributed as dist
     from torch.distributed._functional_collectives import all_reduce
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -795,7 +795,7 @@ def test_a_function_of_the_programs_in_the_graph_stays(device: str) -> None:
 
 
 class Kernel:
-    """As `triton.jit` makes them: the function is in `fn`, and it does not pickle."""
+    """Like the result of `triton.jit`: it holds the function as `fn` and cannot be pickled."""
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
@@ -804,7 +804,7 @@ class Kernel:
 
 @Kernel
 def kernel() -> None:
-    """What the decorator made is found under this name."""
+    """This name refers to the decorator's result."""
 
 
 def launching(what: object, **constants: Any) -> torch.fx.GraphModule:

@@ -22,7 +22,7 @@ case = Cases()
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """What is freed within the block is freed because nothing refers to it any more."""
+    """Collect garbage, then disable the collector in the block: only reference counts free memory."""
     gc.collect()
     gc.disable()
     try:
@@ -90,7 +90,7 @@ def what_the_frame_is_done_with_is_freed(call: Call) -> Any:
 
 
 def peak(call: Callable[[], Any]) -> int:
-    """The most bytes that `call` has allocated at one time."""
+    """Peak number of bytes that `call` has allocated."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]

@@ -146,7 +146,7 @@ def views_in_inference_mode(call: Call) -> Any:
 
 
 class Noting(TorchDispatchMode):
-    """Notes the operators that reach the dispatcher."""
+    """Records the operators that reach the dispatcher."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         LOG.append(str(func))

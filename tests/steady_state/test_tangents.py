@@ -65,7 +65,7 @@ def tangent_of_a_scalar(call: Call) -> Any:
 
 
 class Half(autograd.Function):
-    """Passes its first input on; gives the second no gradient."""
+    """Returns its first input; gives the second no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ case = Cases()
 
 
 def kinds_of_input() -> Iterator[tuple[Tensor, Tensor]]:
-    """A tensor to pass, and the leaf that it comes from."""
+    """Pairs of a tensor to pass and the leaf that it is derived from."""
     for grad in (False, True):
         leaf = numbers(3, 4, grad=grad)
         yield leaf, leaf
@@ -99,7 +99,7 @@ def several_views_of_one_operation(call: Call) -> Any:
 
 
 class Flat(autograd.Function):
-    """A view, by hand."""
+    """An autograd function that returns a view."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def changes_in_place_of_saved_inputs(call: Call) -> Any:
 
 
 class Stashing(autograd.Function):
-    """Keeps its input without `save_for_backward`: nobody checks whether that changes."""
+    """Keeps its input without `save_for_backward`, so no version check notices a change."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def leaves_written_without_grad(call: Call) -> Any:
 
 
 class Counting(nn.Module):
-    """Its buffers change with each call."""
+    """Changes its buffers with each call."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The demo, as a new user would run it."""
+"""The demo as a new user runs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def run_demo(*options: str) -> str:
-    """What `python -m frame_swap demo` prints."""
+    """Run `python -m frame_swap demo`; return its output."""
     done = subprocess.run(
         [sys.executable, "-m", "frame_swap", "demo", "--device", "cpu", *options],
         capture_output=True,
@@ -22,7 +22,7 @@ def run_demo(*options: str) -> str:
 
 
 def figure(text: str, name: str) -> str:
-    """A row of the closing table."""
+    """The value in a row of the closing table."""
     found = re.search(rf"^ *{name}  +(.*?) *$", text, re.MULTILINE)
     assert found, text
     return found[1]
