@@ -6,7 +6,6 @@ for violation in RULES["layers"](Path(".")): print(violation)
 from __future__ import annotations
 
 import ast
-import itertools
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,9 +89,13 @@ PRIVATE_NAMES = (
     Allowed("frame_swap.farm.local", "_register_atexit", _POOL),
     Allowed("frame_swap.farm.local", "loky.process_executor._python_exit", _POOL),
     Allowed("frame_swap.farm.local", "loky.process_executor._threads_wakeups", _POOL),
+    Allowed("frame_swap.farm.local", "_executor._processes", _POOL),
     Allowed("frame_swap.farm.local", "multiprocessing.process._children", _POOL),
     Allowed("frame_swap.farm", "_inheriting", "tells that a child of multiprocessing still imports the program"),
 )
+
+NOT_OURS = ("_base", "_name", "_processes", "_schema", "_version")
+"""Attributes of torch's and loky's objects. A class that has the same name of its own reaches it through `self`."""
 
 NAMEDTUPLE = ("_replace", "_asdict", "_make", "_fields", "_field_defaults")
 """Public, in spite of their underscore: so no field can have such a name."""
@@ -172,15 +175,23 @@ def guards_stand_alone(root: Path) -> list[Violation]:
 
 def private_names(root: Path) -> list[Violation]:
     """Private names of torch, and of anything else, stay within the module that defines them, or `internals`."""
+    return [
+        Violation(module.name, line, f"reaches {name}")
+        for module, line, name in reached_privately(root)
+        if not any(allows(module, name) for allows in PRIVATE_NAMES)
+    ]
+
+
+def reached_privately(root: Path) -> list[tuple[Module, int, str]]:
+    """(module, line, name) of all private names that modules reach outside of themselves and of `internals`."""
     found = []
     for module in source_tree.modules(root).values():
-        if module.room == "internals":
-            continue
-        own, bound = source_tree.own_names(module.tree), source_tree.bound_names(module)
-        for line, name in itertools.chain(_imported_private(module), _used_private(module.tree, own, bound)):
-            if not any(allows(module, name) for allows in PRIVATE_NAMES):
-                found.append(Violation(module.name, line, f"reaches {name}"))
-    return sorted(set(found))
+        if module.room != "internals":
+            own = source_tree.own_attributes(module.tree) - set(NOT_OURS)
+            bound = source_tree.bound_names(module)
+            reached = {*_imported_private(module), *_used_private(module.tree, own, bound)}
+            found += [(module, line, name) for line, name in sorted(reached)]
+    return found
 
 
 def no_mock(root: Path) -> list[Violation]:

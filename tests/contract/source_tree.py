@@ -74,21 +74,26 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name.strip("_") != ""
 
 
-def own_names(tree: ast.Module) -> set[str]:
-    """The private names that a module defines: its functions, classes, variables, arguments and attributes."""
+def own_attributes(tree: ast.Module) -> set[str]:
+    """Private attributes that a module's classes define: methods, names in their bodies, attributes of `self`."""
     names = set()
     for node in ast.walk(tree):
         match node:
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                names.add(name)
-            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
-                names.add(name)
+            case ast.ClassDef(body=body):
+                for member in body:
+                    match member:
+                        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                            names.add(name)
+                        case ast.Assign(
+                            targets=[ast.Name(id="__slots__")], value=ast.Tuple() | ast.List() as slots
+                        ):
+                            names |= {slot.value for slot in slots.elts if isinstance(slot, ast.Constant)}
+                        case ast.Assign(targets=[*targets]):
+                            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+                        case ast.AnnAssign(target=ast.Name(id=name)):
+                            names.add(name)
             case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
                 names.add(name)
-            case ast.alias(asname=str(name)):
-                names.add(name)
-            case ast.Assign(targets=[ast.Name(id="__slots__")], value=ast.Tuple() | ast.List() as value):
-                names |= {item.value for item in value.elts if isinstance(item, ast.Constant)}
     return {name for name in names if isinstance(name, str) and is_private(name)}
 
 
