@@ -5,29 +5,14 @@ A case builds its subject with the wrapper it is given, once eager and once comp
 
 from __future__ import annotations
 
-import copy
-import pickle
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    Make,
-    Subject,
-    Twins,
-    Wrap,
-    assert_same,
-    swap_all,
-    through_swap,
-    wait_for_all,
-    with_frame_swap,
-)
+from helpers import Make, Subject, Wrap, through_swap
 from torch import Tensor, nn
 
-import frame_swap
+from .subjects import mlp, rand, rand_with_grad, training
 
 pytestmark = pytest.mark.usefixtures("unpadded")
 
@@ -47,18 +32,6 @@ def test_equals_eager(make: Make, device: str) -> None:
     through_swap(make, device=device)
 
 
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def rand() -> tuple[Tensor]:
-    return (torch.rand(6, 4),)
-
-
-def rand_with_grad() -> tuple[Tensor]:
-    return (torch.rand(6, 4, requires_grad=True),)
-
-
 # How a program runs what it compiled
 
 
@@ -67,10 +40,7 @@ def inference(compiled: Wrap) -> Subject:
     return Subject(compiled(lambda x, y: (x.sin() + y, x @ y.t())), [lambda: (*rand(), *rand())])
 
 
-@case
-def training(compiled: Wrap) -> Subject:
-    model = mlp()
-    return Subject(compiled(model), [rand_with_grad], model)
+case(training)
 
 
 @case
@@ -389,200 +359,3 @@ def test_dropout_draws_eagers_numbers_where_asked_to(device: str) -> None:
 
     with torch._inductor.config.patch(fallback_random=True):
         through_swap(dropout, device=device)
-
-
-def chunks(n: int) -> Callable[[], tuple[Tensor]]:
-    return lambda: (torch.rand(n, requires_grad=True),)
-
-
-@pytest.mark.parametrize("sizes", [(9, 10, 4, 12), (4, 9, 5, 10)], ids=str)
-def test_sizes_that_specialise_in_any_order(sizes: tuple[int, ...], device: str) -> None:
-    def chunked(compiled: Wrap) -> Subject:
-        function = compiled(lambda x: ([c * 2 for c in x.chunk(3)], x[::2].sin()), dynamic=True)
-        return Subject(function, [chunks(n) for n in sizes + sizes[::-1]])
-
-    through_swap(chunked, device=device)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_change_in_place_counts_once(training: bool, device: str) -> None:
-    frame_swap.configure(when="manual")
-    buffer = torch.zeros(4, device=device)
-
-    def accumulate(x: Tensor) -> Tensor:
-        buffer.add_(x.detach())
-        return x * buffer.sum()
-
-    function = with_frame_swap(accumulate)
-    x = torch.rand(4, device=device, requires_grad=training)
-    versions = []
-    for call in (accumulate, function, function, lambda x: (frame_swap.wait(), frame_swap.swap(), function(x))):
-        before = buffer._version
-        call(x)
-        versions.append(buffer._version - before)
-    assert versions == [1, 1, 1, 1]
-
-
-# The moment of the swap
-
-
-def test_backward_of_the_pair_after_the_swap(device: str) -> None:
-    frame_swap.configure(when="manual")
-    x = torch.rand(6, 4, device=device)
-    eager = mlp().to(device)
-    model = copy.deepcopy(eager)
-    function = with_frame_swap(model)
-    on_pair = function(x)
-    wait_for_all()
-    swap_all()
-    on_compiled = function(x * 2)
-    on_pair.square().sum().backward()
-    on_compiled.sum().backward()
-    (eager(x).square().sum() + eager(x * 2).sum()).backward()
-    for parameter, expected in zip(model.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, expected.grad)
-
-
-def test_several_models_at_once(device: str) -> None:
-    def linear(width: int) -> Make:
-        def make(compiled: Wrap) -> Subject:
-            model = nn.Linear(4, width)
-            return Subject(compiled(model), [rand_with_grad], model)
-
-        return make
-
-    assert len(through_swap(*map(linear, (2, 3, 5)), device=device)) == 3
-
-
-def in_threads(*calls: Callable[[], Any], capturing: bool = False) -> None:
-    """Make all calls at once, each in its own thread.
-
-    Not those that capture on torch 2.11, where Dynamo in a second thread crashes the process, with stock
-    backends ("aot_eager"), too, even if one thread ends before the next begins.
-    """
-    if capturing and torch.__version__ < (2, 13):
-        for call in calls:
-            call()
-        return
-    barrier = threading.Barrier(len(calls))
-
-    def run(call: Callable[[], Any]) -> None:
-        barrier.wait()
-        call()
-
-    with ThreadPoolExecutor(len(calls)) as pool:
-        list(pool.map(run, calls))
-
-
-def test_threads_with_a_model_each(device: str) -> None:
-    def linear(width: int) -> Make:
-        def make(compiled: Wrap) -> Subject:
-            model = nn.Linear(4, width)
-            return Subject(compiled(model), [lambda: (torch.linspace(0, 1, 24).view(6, 4),)], model)
-
-        return make
-
-    frame_swap.configure(when="manual")
-    twins = [Twins(linear(width), device) for width in (2, 3, 5)]
-    in_threads(*(lambda each=each: each.check("before") for each in twins), capturing=True)
-    wait_for_all()
-    in_threads(*(lambda each=each: each.check("during") for each in twins))
-    assert len(swap_all()) == 3
-    in_threads(*(lambda each=each: each.check("after") for each in twins))
-
-
-def test_threads_that_share_a_function(device: str) -> None:
-    frame_swap.configure(when="manual")
-    x = torch.linspace(0, 1, 24, device=device)
-    function = with_frame_swap(lambda x: (x * x).sin())
-
-    def check() -> None:
-        assert_same(function(x), (x * x).sin(), "in a thread")
-
-    in_threads(*[check] * 4, capturing=True)  # threads that come at the same moment may each capture it
-    wait_for_all()
-    regions = swap_all()
-    in_threads(*[check] * 4)
-    assert frame_swap.report().regions == regions
-
-
-# Other ways in
-
-
-def test_dynamo_optimize(device: str) -> None:
-    through_swap(training, device=device, wrap=lambda f: torch._dynamo.optimize(frame_swap.frame_swap_backend)(f))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return self.linear(x).tanh() * scale
-
-
-def test_opt_in_of_a_class_and_its_subclass(device: str) -> None:
-    def blocks(compiled: Wrap) -> Subject:
-        @compiled
-        class Opted(Block):
-            pass
-
-        class Derived(Opted):
-            def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-                return super().forward(x, scale=0.5)
-
-        models = nn.ModuleList((Opted(), Derived()))
-        return Subject(lambda x: [m(x) for m in models], [rand_with_grad], models)
-
-    assert len(through_swap(blocks, device=device, wrap=frame_swap.opt_in)) == 2
-
-
-def test_opt_in_of_a_module_leaves_it_what_it_was(device: str) -> None:
-    def copies(compiled: Wrap) -> Subject:
-        model = Block()
-        keys = list(model.state_dict())
-        assert compiled(model) is model
-        assert list(model.state_dict()) == keys
-        models = nn.ModuleList((model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))))
-        assert {type(m) for m in models} == {Block}
-        return Subject(lambda x: [m(x) for m in models], [rand_with_grad], models)
-
-    through_swap(copies, device=device, wrap=frame_swap.opt_in)
-
-
-def test_opt_in_of_a_function_with_arguments(device: str) -> None:
-    def double(compiled: Wrap) -> Subject:
-        return Subject(compiled(lambda x: x * 2), [lambda n=n: (torch.rand(n),) for n in (3, 5)])
-
-    decorator = frame_swap.opt_in(dynamic=True, fullgraph=True, options={"epilogue_fusion": False})
-    assert len(through_swap(double, device=device, wrap=decorator)) == 1, "the shape was not dynamic"
-
-
-@pytest.mark.parametrize(
-    "choice", [{"mode": "max-autotune-no-cudagraphs"}, {"options": {"epilogue_fusion": False}}], ids=str
-)
-def test_mode_and_options_keep_values(choice: dict[str, Any], device: str) -> None:
-    through_swap(training, device=device, wrap=lambda f: with_frame_swap(f, **choice))
-
-
-@pytest.mark.parametrize("fallback", [True, False])
-def test_options_reach_the_worker(fallback: bool, device: str) -> None:
-    frame_swap.configure(when="wait")
-    zeros = torch.zeros(64, device=device)
-    draw = with_frame_swap(lambda x: torch.rand_like(x) + 1, options={"fallback_random": fallback})
-    draw(zeros)
-    torch.manual_seed(1)
-    drawn = draw(zeros)
-    torch.manual_seed(1)
-    assert torch.equal(drawn, torch.rand_like(zeros) + 1) == fallback
-
-
-@pytest.mark.parametrize(
-    ("choice", "nearest"),
-    [({"mode": "max-autotun"}, "max-autotune"), ({"options": {"size_assert": False}}, "size_asserts")],
-    ids=str,
-)
-def test_an_unknown_mode_or_option_names_the_nearest(choice: dict[str, Any], nearest: str) -> None:
-    with pytest.raises(ValueError, match=f"did you mean '{nearest}'"):
-        frame_swap.opt_in(mlp(), **choice)

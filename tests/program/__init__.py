@@ -1,0 +1,1 @@
+"""Whole programs, from capture to the calls of compiled code."""
