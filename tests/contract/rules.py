@@ -56,21 +56,21 @@ LAYERS = (
 _DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 
 TYPES_ONLY: dict[tuple[str, str], str] = {}
-"""Imports below `if TYPE_CHECKING` that may point upward: (module, imported module), and the reason."""
+"""Imports below `if TYPE_CHECKING` that may point upward: (module, imported module) and the reason."""
 
 WITHOUT_FRAMES = ("farm", "artifacts", "shipping")
 FRAMES = ("frames", "codegen", "serving")
 FRAMES_BUT = ("codegen.source",)
-"""Writes source text of functions; it knows nothing of code objects."""
+"""It writes source text of functions, and knows nothing of code objects."""
 
 WITHOUT_PROCESSES = ("frames", "codegen")
 PROCESSES = ("multiprocessing", "subprocess", "concurrent", "loky", "psutil", "signal")
 OS_PROCESSES = ("fork", "forkpty", "exec", "spawn", "posix_spawn", "system", "popen", "wait", "kill")
-"""Beginnings of the names in `os` that start, end or await processes."""
+"""Prefixes of names in `os` that start, end or await processes."""
 
 
 class Allowed(NamedTuple):
-    """A private name that the modules below `module` may use though they are not in `internals`, and why."""
+    """A private name that `module` and modules below it may use outside of `internals`, and the reason."""
 
     module: str
     name: str
@@ -98,7 +98,7 @@ NOT_OURS = ("_base", "_name", "_processes", "_schema", "_version")
 """Attributes of torch's and loky's objects. A class that has the same name of its own reaches it through `self`."""
 
 NAMEDTUPLE = ("_replace", "_asdict", "_make", "_fields", "_field_defaults")
-"""Public, in spite of their underscore: so no field can have such a name."""
+"""Public in spite of the underscore, which keeps them apart from fields."""
 
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller", "patched", "object")
 """Functions that take the name of an attribute as text."""
@@ -106,7 +106,7 @@ BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcall
 TORCH = ("torch", "functorch", "torchgen")
 LONGEST = 400
 LONG_MODULES: dict[str, str] = {}
-"""Modules that may be longer, and the reason."""
+"""Longer modules, and the reason of each."""
 
 WORKER = f"{PACKAGE}.farm.local.worker"
 
@@ -174,7 +174,7 @@ def guards_stand_alone(root: Path) -> list[Violation]:
 
 
 def private_names(root: Path) -> list[Violation]:
-    """Private names of torch, and of anything else, stay within the module that defines them, or `internals`."""
+    """Private names, of torch and of others, are used only in the module that defines them, or in `internals`."""
     return [
         Violation(module.name, line, f"reaches {name}")
         for module, line, name in reached_privately(root)
@@ -183,7 +183,7 @@ def private_names(root: Path) -> list[Violation]:
 
 
 def reached_privately(root: Path) -> list[tuple[Module, int, str]]:
-    """(module, line, name) of all private names that modules reach outside of themselves and of `internals`."""
+    """(module, line, name) of private names that modules outside of `internals` reach and do not define."""
     found = []
     for module in source_tree.modules(root).values():
         if module.room != "internals":
@@ -220,7 +220,7 @@ def packages_are_installed(root: Path) -> list[Violation]:
 
 
 def workers_start_without_torch(root: Path) -> list[Violation]:
-    """What a worker imports before it has lowered its priority does not import torch."""
+    """A worker lowers its priority before it imports torch: its module does not import torch by itself."""
     known = source_tree.modules(root)
     found, seen, to_do = [], set(), [WORKER]
     while to_do:
@@ -287,7 +287,7 @@ def _imported_private(module: Module) -> Iterator[tuple[int, str]]:
 
 
 def _used_private(tree: ast.AST, own: set[str], bound: dict[str, str]) -> Iterator[tuple[int, str]]:
-    """(line, name) of private names that are reached as attributes, by their name, or in text that is source."""
+    """(line, name) of private names that are reached as attributes, by functions like `getattr`, or in text."""
     documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
@@ -313,7 +313,7 @@ def _used_private(tree: ast.AST, own: set[str], bound: dict[str, str]) -> Iterat
 
 
 def _private_in_text(text: str, own: set[str]) -> Iterator[str]:
-    """Private names that `text` reaches where it is source: generated code, or the name of a module of torch's."""
+    """Private names that `text` reaches if it parses as source: generated code, or a module's name."""
     try:
         tree = ast.parse(text.strip())
     except (SyntaxError, ValueError):
@@ -326,7 +326,7 @@ def _private_in_text(text: str, own: set[str]) -> Iterator[str]:
 
 
 def _expanded(node: ast.Attribute, bound: dict[str, str]) -> str:
-    """The dotted name of an attribute, from what is imported on; `....name` for one of another expression."""
+    """The attribute's dotted name, starting at an absolute one; `....name` for attributes of other expressions."""
     names = dotted(node)
     if names is None:
         return f"....{node.attr}"

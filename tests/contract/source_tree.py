@@ -1,4 +1,4 @@
-"""The modules of a source tree, parsed: what each imports, and which of torch's private names it reaches."""
+"""Parsed modules of a source tree: their imports, the attributes that they define, and dotted names."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Import(NamedTuple):
 
     Attributes:
         name: absolute and dotted; the imported attribute included: `torch.nn` in `from torch import nn`.
-        line: where.
-        types_only: whether it stands below `if TYPE_CHECKING`.
-        at_import: whether it runs when the module is imported, and not when a function is called.
+        line: the line of the statement.
+        types_only: whether the statement is below `if TYPE_CHECKING`.
+        at_import: whether it runs when the module is imported, rather than when a function is called.
     """
 
     name: str
@@ -61,7 +61,7 @@ def modules(root: Path) -> dict[str, Module]:
 
 
 def target(name: str, known: dict[str, Module]) -> str | None:
-    """The module of the tree that importing `name` reaches; None where `name` is not of this package."""
+    """The module of the tree that an import of `name` loads; None if `name` is not in this package."""
     if name.split(".")[0] != PACKAGE:
         return None
     while name not in known and "." in name:
@@ -70,7 +70,7 @@ def target(name: str, known: dict[str, Module]) -> str | None:
 
 
 def is_private(name: str) -> bool:
-    """Whether a name begins with one underscore, and is more than that."""
+    """Whether a name begins with exactly one underscore, and is not `_` itself."""
     return name.startswith("_") and not name.startswith("__") and name.strip("_") != ""
 
 
@@ -87,14 +87,14 @@ def own_attributes(tree: ast.Module) -> set[str]:
                         case ast.Assign(
                             targets=[ast.Name(id="__slots__")], value=ast.Tuple() | ast.List() as slots
                         ):
-                            names |= {slot.value for slot in slots.elts if isinstance(slot, ast.Constant)}
+                            names |= {str(slot.value) for slot in slots.elts if isinstance(slot, ast.Constant)}
                         case ast.Assign(targets=[*targets]):
                             names |= {target.id for target in targets if isinstance(target, ast.Name)}
                         case ast.AnnAssign(target=ast.Name(id=name)):
                             names.add(name)
             case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
                 names.add(name)
-    return {name for name in names if isinstance(name, str) and is_private(name)}
+    return set(filter(is_private, names))
 
 
 def dotted(node: ast.AST) -> list[str] | None:
@@ -107,7 +107,7 @@ def dotted(node: ast.AST) -> list[str] | None:
 
 
 def bound_names(module: Module) -> dict[str, str]:
-    """What imported names stand for: `{"nn": "torch.nn"}` for `from torch import nn`."""
+    """Local names of imports and their absolute names: `{"nn": "torch.nn"}` for `from torch import nn`."""
     bound = {}
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
@@ -146,7 +146,7 @@ def _imports_by_name(function: ast.expr) -> bool:
 
 
 def _origin(module: Module, node: ast.ImportFrom) -> str:
-    """The absolute name of the module that `from ... import` names."""
+    """The absolute name of the module in `from ... import`."""
     if not node.level:
         return node.module or ""
     package = module.name.split(".")

@@ -1,7 +1,8 @@
-"""frame_swap keeps the rules of `contract.rules`; and each rule is seen to fail on a violation planted for it."""
+"""frame_swap keeps the rules of `contract.rules`, and each rule finds violations that are planted for it."""
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ NOT_YET: dict[str, tuple[str, ...]] = {
     "no_mock": ("frame_swap.farm", "frame_swap.shipping"),
     "modules_are_short": ("frame_swap.shipping",),
 }
-"""Rooms that do not keep a rule yet."""
+"""Rooms that are still exempt from a rule."""
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -40,7 +41,7 @@ def test_the_tree_keeps(name: str) -> None:
 
 
 def planted(root: Path, files: dict[str, str]) -> Path:
-    """A small source tree with `files`, and an empty `__init__.py` for each folder that has none."""
+    """Write `files`, and an empty `__init__.py` into each folder that has none; return the tree's root."""
     for name, text in {"frame_swap/__init__.py": "", "guards/__init__.py": "", **files}.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,7 @@ MODULES = {
         "ui/demo",
     )
 }
-"""What planted lines may import."""
+"""Modules for planted lines to import."""
 
 PLANTED = [
     # Upward, sideways, from a function, and for types only without a reason
@@ -215,18 +216,21 @@ def test_each_exception_is_still_needed(allowed: Allowed) -> None:
 
 def test_an_exception_is_for_one_place_and_name() -> None:
     allowed = Allowed("frame_swap.farm", "os._exit", "for the test")
-    at = {name: source_tree.Module(name, False, None, 0) for name in ("frame_swap.farm.job", "frame_swap.farmers")}
+    nothing = ast.parse("")
+    at = {
+        name: source_tree.Module(name, False, nothing, 0) for name in ("frame_swap.farm.job", "frame_swap.farmers")
+    }
     assert allowed(at["frame_swap.farm.job"], "os._exit")
     assert not allowed(at["frame_swap.farm.job"], "sos._exit")
     assert not allowed(at["frame_swap.farmers"], "os._exit")
 
 
-# What is installed, and what a worker has imported: seen on the thing itself
+# Checks of a built wheel, and of a process
 
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """A copy of the source tree, with its link."""
+    """A copy of the source tree, with the link to guards."""
     root = tmp_path / "tree"
     for name in ("frame_swap", "guards"):
         shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -249,7 +253,7 @@ def test_a_package_that_is_not_installed_is_found(copied: Path) -> None:
 
 
 def wheel(root: Path) -> set[str]:
-    """The files of the wheel that is built from `root`; without the network, by this environment's setuptools."""
+    """Build a wheel with this environment's setuptools, without the network; return the names of its files."""
     program = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     subprocess.run(
         [sys.executable, "-c", program, str(root)], cwd=root, check=True, capture_output=True, timeout=200
@@ -275,7 +279,7 @@ def test_another_package_in_a_wheel_is_seen(copied: Path) -> None:
 
 
 def imported_by_a_worker(root: Path) -> set[str]:
-    """The top-level modules that are there once a worker's first module is imported from `root`."""
+    """Top-level modules in a new process that imports a worker's first module from `root`."""
     program = (
         "import sys, frame_swap.farm.local.worker as w; print(w.__file__, *{n.split('.')[0] for n in sys.modules})"
     )
