@@ -18,6 +18,10 @@ class UnusableArtifact(Exception):
     """An artifact is not for this process; the message says why, and what to do."""
 
 
+class UnsafeFolder(Exception):
+    """Other users could put code into a folder; the message names the place and the reason."""
+
+
 class UnusableFolder(Exception):
     """A folder holds nothing that `python -m frame_swap repro` can repeat; the message says why."""
 

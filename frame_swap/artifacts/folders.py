@@ -26,6 +26,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 
+from ..errors import UnsafeFolder
 from ..runtime.patching import patched_environment
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
@@ -35,21 +36,17 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-class Unsafe(Exception):
-    """Others could put code into a folder; the message names the place and the reason."""
-
-
 def check(folder: str) -> None:
     """Check that nothing in `folder` can come from another user.
 
     Raises:
-        Unsafe: it might.
+        UnsafeFolder: it might.
         OSError: the folder or something in it cannot be read.
     """
     place = _follow(folder)
     found = os.stat(place)
     if not stat.S_ISDIR(found.st_mode):
-        raise Unsafe(f"{folder} is not a folder")
+        raise UnsafeFolder(f"{folder} is not a folder")
     _check_own(place, found)
     identity = (found.st_dev, found.st_ino)
     if found.st_mode & _OTHERS and identity not in _searched:
@@ -78,7 +75,7 @@ def safe_caches() -> Iterator[list[str]]:
             continue
         try:
             _check_cache(folder, ours=folder == default)
-        except Unsafe as error:
+        except UnsafeFolder as error:
             used[variable] = os.path.join(_private(), variable.lower())
             remarks.append(
                 f"the cache folder {folder} is not used, since others may put code there: {error}. A private one, "
@@ -143,7 +140,7 @@ def _follow(path: str) -> str:
     """The path that `path` leads to, links followed.
 
     Raises:
-        Unsafe: others could change that.
+        UnsafeFolder: others could change that.
     """
     place, rest = "/", [part for part in os.path.abspath(path).split("/") if part]
     for _ in range(200):
@@ -152,24 +149,24 @@ def _follow(path: str) -> str:
         found = os.stat(place)
         sticky = found.st_mode & stat.S_ISVTX
         if found.st_mode & _OTHERS_WRITE and not sticky:
-            raise Unsafe(f"{place} is writable for others")
+            raise UnsafeFolder(f"{place} is writable for others")
         here = os.path.join(place, rest.pop(0))
         entry = os.lstat(here)
         if entry.st_uid not in _trusted():
-            raise Unsafe(f"{here} belongs to {_name(entry.st_uid)}")
+            raise UnsafeFolder(f"{here} belongs to {_name(entry.st_uid)}")
         if stat.S_ISLNK(entry.st_mode):
             target = os.path.normpath(os.path.join(place, os.readlink(here)))
             place, rest = "/", [part for part in target.split("/") if part] + rest
         else:
             place = here
-    raise Unsafe(f"{path} has too many links")
+    raise UnsafeFolder(f"{path} has too many links")
 
 
 def _check_own(path: str, found: os.stat_result) -> None:
     if found.st_uid != os.geteuid():
-        raise Unsafe(f"{path} belongs to {_name(found.st_uid)}")
+        raise UnsafeFolder(f"{path} belongs to {_name(found.st_uid)}")
     if found.st_mode & _OTHERS_WRITE and not stat.S_ISLNK(found.st_mode):
-        raise Unsafe(f"{path} is writable for others")
+        raise UnsafeFolder(f"{path} is writable for others")
 
 
 def _everything_in(folder: str) -> Iterator[os.DirEntry[str]]:

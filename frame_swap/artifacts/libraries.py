@@ -54,7 +54,7 @@ def supplied(libraries: Libraries) -> Iterator[None]:
     Process-wide, so only under Dynamo's compile lock.
 
     Raises:
-        NotInArtifact, folders.Unsafe, OSError: from code within the block.
+        NotInArtifact, UnsafeFolder, OSError: from code within the block.
     """
 
     def load_async(cls: Any, /, main_code: str, device_type: str = "cpu", **kwargs: Any) -> Callable[[], Any]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts import folders, load
-from ..errors import UnusableFolder
+from ..errors import UnsafeFolder, UnusableFolder
 from ..farm.local import worker
 from ..internals import inductor
 from ..shipping import ship
@@ -70,7 +70,7 @@ def difference(folder: Path) -> str:
         folders.check(str(folder))
         parcel = (folder / _PARCEL).read_bytes()
         call = torch.load(folder / _CALL, weights_only=False)
-    except folders.Unsafe as error:
+    except UnsafeFolder as error:
         raise UnusableFolder(f"what is in {folder} would be run, and others can write to it: {error}") from None
     except OSError as error:
         raise UnusableFolder(f"{folder} is no folder that frame-swap wrote: {error}") from None

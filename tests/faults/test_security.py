@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import frame_swap
-from frame_swap import State, backend
+from frame_swap import State, backend, errors
 from frame_swap.artifacts import folders, libraries
 
 from .harness import fresh_workers, one_warning, works
@@ -76,7 +76,7 @@ def test_a_folder_that_others_can_write_to_does_not_pass(place: Path, how: str) 
     folders.check(str(place))
     folders._searched.clear()
     spoil(place)
-    with pytest.raises(folders.Unsafe, match=words):
+    with pytest.raises(errors.UnsafeFolder, match=words):
         folders.check(str(place))
 
 
@@ -94,10 +94,10 @@ def test_a_link_is_followed_through_folders_that_are_in_order(place: Path) -> No
     link.symlink_to(between / "there")
     folders.check(str(link))
     between.chmod(0o777)  # somebody could put another link there
-    with pytest.raises(folders.Unsafe, match="between is writable for others"):
+    with pytest.raises(errors.UnsafeFolder, match="between is writable for others"):
         folders.check(str(link))
     (place.parent / "round").symlink_to(place.parent / "round")
-    with pytest.raises(folders.Unsafe, match="too many links"):
+    with pytest.raises(errors.UnsafeFolder, match="too many links"):
         folders.check(str(place.parent / "round"))
 
 
@@ -212,7 +212,8 @@ def test_a_temporary_folder_that_others_control_loads_nothing(
     tmp_path.chmod(0o777)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     digest = libraries._digest(CppCodeCache, "code", "cpu", None)
-    with libraries.supplied({digest: b"library"}), pytest.raises(folders.Unsafe, match="is writable for others"):
+    unsafe = pytest.raises(errors.UnsafeFolder, match="is writable for others")
+    with libraries.supplied({digest: b"library"}), unsafe:
         CppCodeCache.load_async("code")
 
 
