@@ -32,15 +32,16 @@ from .checking.profit import Measurement
 from .checking.trial import Trial
 from .checking.verify import Verification
 from .codegen import rewriting
-from .errors import FrameGone, FrameSwapWarning, Indirect, UnknownLayout, UnusableArtifact, first_line
-from .farm.local.worker import Outcome
+from .errors import FrameGone, FrameSwapWarning, Indirect, UnknownLayout, Unshippable, UnusableArtifact, first_line
+from .farm.protocol import Outcome
 from .farm.service import Job, service
 from .frames.call_site import CallSite
 from .internals import dynamo, fake_tensors, inductor, probe
 from .region import Region, State
 from .serving.pair import trace_pair
 from .serving.trampoline import Offer, Specialiser, Trampoline
-from .shipping import echo, ship
+from .shipping import echo, parcel
+from .shipping.graph import is_repeatable
 
 log = logging.getLogger(__name__)
 
@@ -92,14 +93,12 @@ def _answer(
     else:
         try:
             with region.timed("ship_s"):
-                parcel = ship.pack(gm, example_inputs, changes, compile_id)
-        except ship.Unshippable as error:
+                packed = parcel.pack(gm, example_inputs, changes, compile_id)
+        except Unshippable as error:
             return _compile_in_foreground(region, str(error), gm, example_inputs, changes)
         shapes, limit = fake_tensors.FrameShapes(example_inputs), dynamo.recompile_limit()
         graph = copy_of_graph(gm) if settings.current().verify else None
-        shipment = _Shipment(
-            region, parcel, changes, shapes, limit, settings.current(), graph, ship.has_effects(gm)
-        )
+        shipment = _Shipment(region, packed, changes, shapes, limit, settings.current(), graph, is_repeatable(gm))
         inductor.prepare_cudagraphs(changes)
         job = _submit(shipment, deliver=when != "wait")
 
@@ -130,20 +129,20 @@ class _Shipment(NamedTuple):
     """What it takes to compile a region's graph, and to compile it again for other sizes."""
 
     region: Region
-    parcel: ship.Parcel
+    parcel: parcel.Parcel
     options: dict[str, Any]
     shapes: fake_tensors.FrameShapes
     limit: int  # of compiles for other sizes: as many as Dynamo's recompiles of a frame
     settings: settings.Settings
     graph: torch.fx.GraphModule | None  # Dynamo's, where compiled code is to be verified
-    has_effects: bool  # other than on inputs, such as printing
+    repeatable: bool  # its graph has no effects that happen in order, such as printing
     sizes: dict[str, int] | None = None  # of symbols, by name, where it is not compiled for those at capture
 
 
 def _submit(shipment: _Shipment, sizes: dict[str, int] | None = None, *, deliver: bool = True) -> Job:
     shipment = shipment._replace(sizes=sizes)
     arrived = functools.partial(_on_outcome, shipment) if deliver else None
-    job = service.submit(shipment.parcel.data, arrived, sizes)
+    job = service.submit(shipment.parcel, arrived, sizes)
     shipment.region.cancel = job.cancel
     return job
 
@@ -174,7 +173,7 @@ def _on_outcome(shipment: _Shipment, outcome: Outcome, *, frame_open: bool = Fal
                 state, guarded = shipment.parcel.state, trampoline.site is not None
                 compiled = load.load(outcome.artifact, state, shipment.options, guarded=guarded)
                 region.wrappers = compiled.wrappers
-                if shipment.has_effects:  # which may have happened before a call raises
+                if not shipment.repeatable:  # it has effects, which may have happened before a call raises
                     compiled = compiled._replace(repeatable=False)
                 relations = pickle.loads(outcome.late_guards)
                 if frame_open:
@@ -225,7 +224,7 @@ def _trials(shipment: _Shipment) -> Iterator[Trial]:
             shipment.graph,
             functools.partial(_keep_repro, shipment),
             same_numbers=bool(options.get("fallback_random", False)),
-            repeatable=not shipment.has_effects,
+            repeatable=shipment.repeatable,
         )
     if shipment.settings.profit:
         yield Measurement(undisturbed=lambda: service.threads_for_program() is None)
@@ -234,7 +233,7 @@ def _trials(shipment: _Shipment) -> Iterator[Trial]:
 def _keep_repro(shipment: _Shipment, arguments: Sequence[Any], difference: str) -> str:
     try:
         folder = repro.write(
-            shipment.settings.repro_dir, shipment.parcel.data, shipment.sizes or {}, arguments, difference
+            shipment.settings.repro_dir, shipment.parcel, shipment.sizes or {}, arguments, difference
         )
     except Exception as error:
         return f"what it takes to repeat that could not be kept: {first_line(error)}"

@@ -139,9 +139,9 @@ def test_mode_and_options_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> N
         torch.randn(3)
     )
     torch.compile(lambda x: x.sin() + 3, backend="frame_swap", options={"size_asserts": False})(torch.randn(3))
-    from frame_swap.shipping import ship
+    from frame_swap.shipping.parcel import open_content
 
-    sent = [ship.open_parcel(parcel).options for parcel in parcels]
+    sent = [open_content(parcel.content).options for parcel in parcels]
     assert sent[0]["max_autotune"] is True
     assert sent[1] == {"size_asserts": False}
     assert [r.state for r in frame_swap.wait().regions] == [State.INSTALLED] * 2

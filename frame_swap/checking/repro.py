@@ -1,11 +1,11 @@
-"""What it takes to see a difference between compiled code and eager once more: written to a folder, and run.
+"""Write what reproduces a difference between compiled code and eager to a folder; reproduce it from there.
 
     python -m frame_swap repro FOLDER
 
-A folder holds the parcel that was compiled (`parcel.pickle`: graph and settings), the arguments of a call and the
-sizes that the graph was compiled for (`call.pt`), and what differed (`difference.txt`). It is its owner's alone
-(0700), since it contains the program's data, and since what is in it is unpickled: a folder that others can write
-to is refused.
+A folder holds the parcel that was compiled (`content.pickle`: graph and settings; `envelope.pickle`), the arguments
+of a call and the sizes that the graph was compiled for (`call.pt`), and what differed (`difference.txt`). Only its
+owner can open it (0700), since it contains the program's data. Its files are unpickled: a folder that others can
+write to is refused.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from torch import Tensor
 
 from ..artifacts import folders, load
 from ..errors import UnsafeFolder, UnusableFolder
-from ..farm.local import worker
+from ..farm.compile import compile_graph
+from ..farm.protocol import Request
 from ..internals import inductor
-from ..shipping import ship
+from ..shipping import graph
+from ..shipping.parcel import Parcel, open_content
 from .arguments import with_history
 from .comparison import Comparison
 
-_PARCEL, _CALL, _DIFFERENCE = "parcel.pickle", "call.pt", "difference.txt"
+_CONTENT, _ENVELOPE, _CALL, _DIFFERENCE = "content.pickle", "envelope.pickle", "call.pt", "difference.txt"
 
 
 def write(
-    directory: str | None, parcel: bytes, sizes: Mapping[str, int], arguments: Sequence[Any], difference: str
+    directory: str | None, parcel: Parcel, sizes: Mapping[str, int], arguments: Sequence[Any], difference: str
 ) -> Path:
-    """Write a folder below `directory`, by default the temporary one; returns its path.
+    """Write a new folder in `directory`, by default the temporary one; return its path.
 
     Raises:
         OSError: it cannot be written.
@@ -44,7 +46,8 @@ def write(
     if directory is not None:
         os.makedirs(directory, mode=0o700, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="frame-swap-repro-", dir=directory))  # with mode 0700
-    (folder / _PARCEL).write_bytes(parcel)
+    (folder / _CONTENT).write_bytes(parcel.content)
+    (folder / _ENVELOPE).write_bytes(parcel.envelope)
     values = [
         (x.detach(), x.requires_grad, x.is_leaf) if isinstance(x, Tensor) else (x, False, True) for x in arguments
     ]
@@ -54,32 +57,32 @@ def write(
 
 
 def command(folder: Path) -> str:
-    """What to type to see the difference again."""
+    """The shell command that reproduces the difference."""
     return shlex.join([sys.executable, "-m", "frame_swap", "repro", str(folder)])
 
 
 def difference(folder: Path) -> str:
-    """Compile what is in `folder`, call it and Dynamo's graph, op by op; says what differs, "" where nothing.
+    """Compile the graph in `folder`, call the result and Dynamo's graph, op by op; return what differs, or "".
 
-    Changes settings of this process.
+    Changes settings of the process.
 
     Raises:
         UnusableFolder: with the reason.
     """
     try:
         folders.check(str(folder))
-        parcel = (folder / _PARCEL).read_bytes()
+        content, envelope = (folder / _CONTENT).read_bytes(), (folder / _ENVELOPE).read_bytes()
         call = torch.load(folder / _CALL, weights_only=False)
     except UnsafeFolder as error:
         raise UnusableFolder(f"what is in {folder} would be run, and others can write to it: {error}") from None
     except OSError as error:
         raise UnusableFolder(f"{folder} is no folder that frame-swap wrote: {error}") from None
-    outcome = worker.compile_graph(parcel, call["sizes"], time.time())
+    outcome = compile_graph(Request(content, envelope, call["sizes"], time.time()))
     if outcome.artifact is None:
         raise UnusableFolder(f"its graph does not compile: {outcome.error}\n{outcome.details}")
-    opened = ship.open_parcel(parcel)
+    opened = open_content(content)
     compiled = load.load(outcome.artifact, opened.state, opened.options, guarded=False)
-    gm, _, _ = ship.unpack_graph(opened.graph, call["sizes"])
+    gm, _, _ = graph.unpack(opened.graph, call["sizes"])
     settings = {**opened.state.configs["inductor"], **opened.options}
     with opened.state.applied_to_thread():
         arguments = tuple(_restored(*value) for value in call["values"])

@@ -37,9 +37,10 @@ from typing import Any
 from .. import settings
 from ..artifacts import load
 from ..errors import first_line
-from .local import worker
+from ..shipping.parcel import Parcel
+from .compile import compile_graph
 from .local.pool import Lost, Pool, Terms, kill_all, register_at_exit
-from .local.worker import Outcome
+from .protocol import Outcome, Request
 
 log = logging.getLogger(__name__)
 
@@ -111,13 +112,14 @@ class Service:
             with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
                 self._own_pool().start()
 
-    def submit(self, parcel: bytes, deliver: Deliver | None, sizes: dict[str, int] | None = None) -> Job:
+    def submit(self, parcel: Parcel, deliver: Deliver | None, sizes: dict[str, int] | None = None) -> Job:
         """Have `parcel` compiled, for other `sizes` than it was traced with where they are given.
 
         `deliver` gets the outcome; where it is None, the caller takes it from the job.
         """
         job = Job(deliver, settings.current().delay)
-        compile_parcel = functools.partial(worker.compile_graph, parcel, sizes or {}, time.time())
+        request = Request(parcel.content, parcel.envelope, sizes or {}, time.time())
+        compile_parcel = functools.partial(compile_graph, request)
         executor = settings.current().executor
         try:
             if executor is None:

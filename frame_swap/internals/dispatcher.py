@@ -23,6 +23,8 @@ with names_looked_up():
 
 __all__ = [
     "CustomOpDef",
+    "OpOverload",
+    "OpOverloadPacket",
     "autocast_dtypes",
     "custom_op_def",
     "defined_in_python",

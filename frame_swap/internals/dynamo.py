@@ -38,10 +38,13 @@ __all__ = [
     "compilation_time_metrics",
     "compile_lock",
     "counters",
+    "mark_as_captured",
     "recompile_limit",
     "register_bytecode_hook",
     "skip_frames",
+    "tracer_class",
     "without_disable",
+    "wraps_numpy",
 ]
 
 
@@ -117,3 +120,21 @@ TEST_FOR_PROFILER = "_is_profiler_enabled"
 
 GLOBAL_FOR_TORCH = "__import_torch"
 """The prefix of the globals in which Dynamo's code finds modules of torch."""
+
+
+def tracer_class(gm: torch.fx.GraphModule) -> Any:
+    """The class of the tracer that made `gm`, or None."""
+    return getattr(gm.graph, "_tracer_cls", None)
+
+
+def wraps_numpy(target: object) -> bool:
+    """Whether a graph node's target is Dynamo's wrapper of a function or method of NumPy's."""
+    return type(target).__module__ == "torch._dynamo.utils"
+
+
+def mark_as_captured(gm: torch.fx.GraphModule) -> None:
+    """Mark a graph as Dynamo's: AOTAutograd takes any other for a stranger's, and no input for static."""
+    gm.meta["dynamo_compile_id"] = None
+    gm._param_name_to_source = {}  # type: ignore[assignment]
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = None

@@ -40,7 +40,9 @@ __all__ = [
     "SymNode",
     "TracingContext",
     "compile_context",
+    "described_number",
     "detect_fake_mode",
+    "forget_ids",
     "is_fake",
     "tracing",
     "unset_fake_temporarily",
@@ -97,3 +99,27 @@ class FrameShapes:
             else known
             for symbol, known in ranges.items()
         }
+
+
+def described_number(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> tuple[sympy.Basic, Any, type]:
+    """A symbolic number's expression, its ShapeEnv, and the Python type of its values. Its hint is left out."""
+    node = number.node
+    return node._expr, node.shape_env, node.pytype
+
+
+class _Sorted:
+    """Pickles as a set does, with its items in an order that does not depend on their hashes."""
+
+    def __init__(self, items: set[Any] | frozenset[Any]) -> None:
+        self._items = items
+
+    def __reduce__(self) -> tuple[type, tuple[list[Any]]]:
+        return type(self._items), (sorted(self._items, key=str),)
+
+
+def forget_ids(described: Any) -> None:
+    """Make GraphPickler's copy of a ShapeEnv the same in each process: without an `id()`, and with sets sorted."""
+    described.data["_expr_sym_node_id"] = None
+    for name, value in described.data.items():
+        if isinstance(value, (set, frozenset)):
+            described.data[name] = _Sorted(value)

@@ -23,6 +23,7 @@ with names_looked_up():
     import torch._dynamo
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
+    from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
 
 __all__ = [
     "asks_for_cudagraphs",
@@ -32,6 +33,7 @@ __all__ = [
     "cpp_library_file",
     "default_cache_name",
     "forget_metrics",
+    "forget_written_files",
     "functorch_config",
     "import_loading",
     "inductor_config",
@@ -43,6 +45,7 @@ __all__ = [
     "options_of",
     "patch_configs",
     "prepare_cudagraphs",
+    "serialisable",
     "stock_inductor",
 ]
 
@@ -52,8 +55,27 @@ def _configs() -> dict[str, Any]:
 
 
 def changed_configs() -> dict[str, dict[str, Any]]:
-    """The settings of Inductor, AOTAutograd and Dynamo that differ from their defaults."""
-    return {name: config._get_dict(skip_default=True) for name, config in _configs().items()}
+    """The settings of Inductor, AOTAutograd and Dynamo that differ from their defaults, by name, sorted.
+
+    A setting that was changed and then changed back is not among them, though PyTorch counts it as changed.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for name, config in _configs().items():
+        settings = config._get_dict(skip_default=True)
+        changes[name] = {key: settings[key] for key in sorted(settings) if not _is_back(config, key, settings[key])}
+    return changes
+
+
+def _is_back(config: Any, name: str, value: Any) -> bool:
+    """Whether a setting has the value that it has in each process where nobody changes it."""
+    entry = config._config[name]
+    variables = (entry.env_value_default, entry.env_value_force)
+    if entry.justknob is not None or any(variable is not _UNSET for variable in variables):
+        return False
+    try:
+        return type(value) is type(entry.default) and bool(value == entry.default)
+    except Exception:  # an object whose comparison fails
+        return False
 
 
 @contextlib.contextmanager
@@ -220,3 +242,27 @@ def cpp_library_file(library: Any) -> str:
     """The path of a shared library that Inductor has loaded: an extension module, or one of ctypes'."""
     file: str = getattr(library, "__file__", None) or library._name
     return file
+
+
+@contextlib.contextmanager
+def serialisable() -> Iterator[None]:
+    """Within the block, what `stock_inductor` returns can be serialised: Inductor's caches have what that takes."""
+    with (
+        inductor_config.patch(force_disable_caches=False),
+        functorch_config.patch(
+            enable_autograd_cache=True,
+            strict_autograd_cache=True,
+            bypass_autograd_cache_key=True,
+            bundled_autograd_cache=True,
+            force_non_lazy_backward_lowering=True,
+            force_autograd_cache=True,
+        ),
+    ):
+        yield
+
+
+def forget_written_files() -> None:
+    """Have Inductor write its files anew, as it must in another cache folder."""
+    from torch._inductor.utils import clear_caches
+
+    clear_caches()

@@ -47,14 +47,12 @@ class Audience:
     """What the calling process listens to; travels with the parcel.
 
     Attributes:
-        pid: the calling process.
         levels: each logger's own level, by name, where it has one; the root's is "root".
         artifacts: what `TORCH_LOGS` or `set_logs` enables besides loggers, such as "output_code".
         tracing: whether structured trace records go anywhere.
         tracing_details: whether those of `TORCH_DTRACE` do.
     """
 
-    pid: int
     levels: dict[str, int]
     artifacts: frozenset[str]
     tracing: bool
@@ -69,7 +67,6 @@ class Audience:
     def capture(cls) -> Audience:
         """Those who listen now."""
         return cls(
-            os.getpid(),
             {name: logger.level for name, logger in _loggers().items() if logger.level != logging.NOTSET},
             frozenset(logs.torch_logging.log_state.artifact_names),
             any(_hears(handler) for handler in logs.trace_log.handlers),
@@ -136,14 +133,14 @@ class _Interned(int):
 
 
 @contextlib.contextmanager
-def recorded(audience: Audience, keep: Callable[[bytes], None]) -> Iterator[None]:
+def recorded(audience: Audience | None, keep: Callable[[bytes], None]) -> Iterator[None]:
     """In a worker: gather what the block leaves behind, for `replay`; `keep` gets it also where the block fails.
 
     Args:
-        audience: what to gather.
+        audience: what to gather; None in the calling process itself, where everything is heard anyway.
         keep: called once, at the end of the block, with the pickled echo.
     """
-    if audience.pid == os.getpid():
+    if audience is None:
         with _pair_counts():
             yield
         return

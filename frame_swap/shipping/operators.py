@@ -26,7 +26,6 @@ import dis
 import hashlib
 import importlib
 import io
-import os
 import pickle
 import sys
 import types
@@ -80,18 +79,15 @@ class Definitions:
     """The operators that a graph needs. Picklable."""
 
     operators: tuple[Definition, ...]
-    pid: int
 
-    def install(self) -> None:
-        """In a worker: define them, or see that they are defined.
+    def define(self) -> None:
+        """In a worker: define them, or see that they are defined. Not for the process that described them.
 
         Raises:
             MissingOperator: one cannot be defined here.
         """
-        if os.getpid() == self.pid:
-            return
         for operator in self.operators:
-            operator.install()
+            operator.define()
 
 
 def definitions(operators: Iterable[OpOverload]) -> Definitions:
@@ -103,7 +99,7 @@ def definitions(operators: Iterable[OpOverload]) -> Definitions:
     found: dict[str, Definition] = {}
     for operator in operators:
         _describe(operator, found, ())
-    return Definitions(tuple(found.values()), os.getpid())
+    return Definitions(tuple(found.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +119,7 @@ class Definition:
     libraries: tuple[str, ...]
     recipe: bytes | str
 
-    def install(self) -> None:
+    def define(self) -> None:
         """Define this operator in this process, or see that it is defined.
 
         Raises:
@@ -373,9 +369,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         """Held as such, or written as `torch.ops.namespace.name` in a function's code."""
         yield from self._held.values()
         written = {n for n in self._names if isinstance(vars(torch.ops).get(n), type(torch.ops.aten))}
-        for namespace in (self._namespaces | written) - _TORCH_NAMESPACES:
+        for namespace in sorted((self._namespaces | written) - _TORCH_NAMESPACES):
             operators = getattr(torch.ops, namespace)
-            for name in self._names:
+            for name in sorted(self._names):
                 packet = getattr(operators, name, None)
                 if isinstance(packet, OpOverloadPacket):
                     yield from overloads(packet)

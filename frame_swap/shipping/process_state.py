@@ -5,17 +5,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 
 from ..internals import eager, inductor
-from .echo import Audience
+from ..runtime.patching import patched_environment
 
-_SHIPPED_ENVIRONMENT = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_", "CUDA_", "CXX", "CC", "PATH", "TMPDIR")
+_SHIPPED = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_", "CUDA_", "CXX", "CC", "PATH", "TMPDIR")
+"""How the names of variables begin that a compile reads."""
+
+# Those that name folders and devices of a machine, or how much of it a process may use. Which compiler is to be
+# used (CXX, TRITON_PTXAS_PATH) is not among them: it decides what comes out.
+_OF_MACHINE = frozenset(
+    ("PATH", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCH_COMPILE_DEBUG_DIR")
+    + ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_DUMP_DIR", "TRITON_OVERRIDE_DIR", "TRITON_LIBCUDA_PATH")
+    + ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", "CUDA_CACHE_PATH", "CUDA_MPS_PIPE_DIRECTORY")
+    + ("CUDA_MPS_LOG_DIRECTORY", "CCACHE_DIR", "CCACHE_TEMPDIR")
+)
+
+
+def environment(*, of_machine: bool) -> dict[str, str]:
+    """Environment variables that a compile reads, sorted: those of this machine, or the others."""
+    names = sorted(name for name in os.environ if name.startswith(_SHIPPED))
+    return {name: os.environ[name] for name in names if (name in _OF_MACHINE) == of_machine}
+
 
 # (owner, attribute): backend flags that tracing, decompositions or code generation look at.
 _FLAGS: tuple[tuple[Any, str], ...] = (
@@ -48,8 +63,6 @@ class ProcessState:
     attention: tuple[bool, ...]
     configs: dict[str, dict[str, Any]]
     environment: dict[str, str]
-    audience: Audience
-    search_path: tuple[str, ...]
 
     @classmethod
     def capture(cls, devices: set[str]) -> ProcessState:
@@ -61,6 +74,7 @@ class ProcessState:
             # against 44 ms for a first call of kernels that the worker has tuned. None is the default, and also
             # among the changes once this was patched, as it is for each load.
             configs["inductor"][tune] = True
+            configs["inductor"] = dict(sorted(configs["inductor"].items()))
         return cls(
             grad=torch.is_grad_enabled(),
             inference=torch.is_inference_mode_enabled(),
@@ -79,15 +93,8 @@ class ProcessState:
             flags=tuple(bool(getattr(owner, name)) for owner, name in _FLAGS),
             attention=tuple(getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _ATTENTION),
             configs=configs,
-            environment={k: v for k, v in os.environ.items() if k.startswith(_SHIPPED_ENVIRONMENT)},
-            audience=Audience.capture(),
-            search_path=tuple(map(os.path.abspath, sys.path)),  # "" is the current directory
+            environment=environment(of_machine=False),
         )
-
-    def extend_search_path(self) -> None:
-        """Make the program's modules importable in a worker; they may change what else is state of the process."""
-        here = set(map(os.path.abspath, sys.path))
-        sys.path.extend(entry for entry in self.search_path if entry not in here)
 
     @contextlib.contextmanager
     def applied_to_thread(self) -> Iterator[None]:
@@ -117,7 +124,7 @@ class ProcessState:
         for kind, value in zip(_ATTENTION, self.attention, strict=True):
             getattr(torch.backends.cuda, f"enable_{kind}_sdp")(value)
         with (
-            mock.patch.dict(os.environ, self.environment),
+            patched_environment(self.environment),
             inductor.patch_configs(self.configs),
             self.applied_to_thread(),
         ):

@@ -17,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from frame_swap.farm import compile
 from frame_swap.farm.local import worker
+from frame_swap.farm.protocol import Request
 
 from . import VARIABLE, Fault
 
@@ -34,12 +36,12 @@ def initialize(*args: Any) -> None:
         if aimed_at and fault.strike():
             happen()
 
-    compile_parcel = worker._compile
+    compile_request = compile._compile
 
-    def compile_watched(parcel: bytes, *rest: Any) -> Any:
+    def compile_watched(request: Request, *rest: Any) -> Any:
         nonlocal aimed_at
-        aimed_at = fault.only.encode() in parcel
-        return compile_parcel(parcel, *rest)
+        aimed_at = fault.only.encode() in request.content
+        return compile_request(request, *rest)
 
     def dump(result: Any, file: Any) -> None:
         """Write as usual; strike when the first half is written."""
@@ -61,7 +63,7 @@ def initialize(*args: Any) -> None:
         elif fault.when == "packing":
             precede(load, "pack", strike)
 
-    worker._compile = compile_watched
+    compile._compile = compile_watched
     if fault.when == "importing":
         precede(worker, "_import_torch", strike)
     elif fault.when == "sending":

@@ -18,7 +18,7 @@ import torch
 import frame_swap
 from frame_swap import State, backend, errors
 from frame_swap.artifacts import load, seal
-from frame_swap.farm.local import worker
+from frame_swap.farm.protocol import Outcome
 
 from .harness import survives
 
@@ -31,10 +31,10 @@ class Damaging:
     def __init__(self, damage: Callable[[bytes], bytes]) -> None:
         self._damage = damage
 
-    def submit(self, call: Callable[[], worker.Outcome]) -> Future[worker.Outcome]:
-        damaged: Future[worker.Outcome] = Future()
+    def submit(self, call: Callable[[], Outcome]) -> Future[Outcome]:
+        damaged: Future[Outcome] = Future()
 
-        def pass_on(done: Future[worker.Outcome]) -> None:
+        def pass_on(done: Future[Outcome]) -> None:
             outcome = done.result()
             assert outcome.artifact is not None
             damaged.set_result(dataclasses.replace(outcome, artifact=self._damage(outcome.artifact)))

@@ -22,7 +22,6 @@ PROGRAM = """
     from frame_swap import region
     from frame_swap.artifacts import load
     from frame_swap.farm.local import pool
-    from frame_swap.shipping import ship
     from frame_swap.farm.service import Service, service
     from frame_swap.frames import cache_entry
 

@@ -24,7 +24,7 @@ from frame_swap import State, backend, region
 from frame_swap.artifacts import load
 from frame_swap.frames import cache_entry
 from frame_swap.internals import dynamo
-from frame_swap.shipping import ship
+from frame_swap.shipping import parcel
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
@@ -45,7 +45,7 @@ class Program:
         self.x = torch.randn(3, 4)
 
     def _watch_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._watch(monkeypatch, ship, "pack", lambda args, _: [args[0]])
+        self._watch(monkeypatch, parcel, "pack", lambda args, _: [args[0]])
         self._watch(monkeypatch, backend, "trace_pair", lambda args, pair: [args[0], pair])
         self._watch(monkeypatch, load, "load", lambda args, compiled: [compiled.call])
         self._watch(monkeypatch, backend.service, "submit", lambda args, job: [job])

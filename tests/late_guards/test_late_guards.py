@@ -22,7 +22,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 import frame_swap
 from frame_swap import FrameSwapWarning, Region, State, backend
-from frame_swap.farm.local import worker
+from frame_swap.farm.protocol import Outcome
 from frame_swap.internals import dynamo
 from frame_swap.serving.trampoline import Trampoline
 
@@ -204,13 +204,13 @@ def test_when_wait_late_guards_are_not_late() -> None:
 class Tampering:
     """An executor that changes fields of the workers' outcomes."""
 
-    def __init__(self, tamper: Callable[[worker.Outcome], dict[str, Any]]) -> None:
+    def __init__(self, tamper: Callable[[Outcome], dict[str, Any]]) -> None:
         self._tamper = tamper
 
-    def submit(self, call: Callable[[], worker.Outcome]) -> Future[worker.Outcome]:
-        changed: Future[worker.Outcome] = Future()
+    def submit(self, call: Callable[[], Outcome]) -> Future[Outcome]:
+        changed: Future[Outcome] = Future()
 
-        def pass_on(done: Future[worker.Outcome]) -> None:
+        def pass_on(done: Future[Outcome]) -> None:
             changed.set_result(dataclasses.replace(done.result(), **self._tamper(done.result())))
 
         backend.service._submit_to_pool(call).add_done_callback(pass_on)
@@ -218,7 +218,7 @@ class Tampering:
 
 
 def test_a_guard_that_cannot_be_expressed_leaves_the_pair() -> None:
-    def add_guard(outcome: worker.Outcome) -> dict[str, Any]:
+    def add_guard(outcome: Outcome) -> dict[str, Any]:
         (known,) = pickle.loads(outcome.late_guards)
         return {"late_guards": pickle.dumps([known, sympy.zeta(*known.free_symbols) > 2])}
 
@@ -233,9 +233,9 @@ def test_a_guard_that_cannot_be_expressed_leaves_the_pair() -> None:
 
 
 def test_when_no_other_artifact_can_be_had_the_first_goes_on() -> None:
-    outcomes: list[worker.Outcome] = []
+    outcomes: list[Outcome] = []
 
-    def fail_the_second(outcome: worker.Outcome) -> dict[str, Any]:
+    def fail_the_second(outcome: Outcome) -> dict[str, Any]:
         outcomes.append(outcome)
         return {"artifact": None, "error": "for the test"} if len(outcomes) == 2 else {}
 

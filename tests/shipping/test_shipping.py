@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 import frame_swap
 from frame_swap import Region, State, region
+from frame_swap.errors import Unshippable
 from frame_swap.internals import dispatcher, inductor
-from frame_swap.shipping import operators, ship, triton_kernels
+from frame_swap.shipping import operators, triton_kernels
 from frame_swap.shipping.process_state import ProcessState
 
 pytestmark = pytest.mark.fast
@@ -589,8 +590,8 @@ def test_every_kind_of_definition_can_be_sent_by_value(
         import pickle, sys, torch
         with open({str(tmp_path / "sent")!r}, "rb") as file:
             definitions = pickle.load(file)
-        definitions.install()
-        definitions.install()
+        definitions.define()
+        definitions.define()
         assert "test_shipping" not in sys.modules
         print([part.shape[0] for part in torch.ops.shipping.halves(torch.empty(6, device="meta"))])
     """
@@ -832,16 +833,16 @@ def test_a_triton_kernel_is_imported_and_gets_an_index_of_the_workers(monkeypatc
 
 
 def test_a_triton_kernel_that_is_not_under_its_name_stays() -> None:
-    with pytest.raises(ship.Unshippable, match="is not what its module test_shipping has under that name"):
+    with pytest.raises(Unshippable, match="is not what its module test_shipping has under that name"):
         triton_kernels.kernels_of(launching(Kernel(kernel.fn)))
 
 
 def test_a_triton_kernel_of_main_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel.fn, "__module__", "__main__")
-    with pytest.raises(ship.Unshippable, match="in __main__, which a worker cannot import: move it to a module"):
+    with pytest.raises(Unshippable, match="in __main__, which a worker cannot import: move it to a module"):
         triton_kernels.kernels_of(launching(kernel))
 
 
 def test_a_constant_of_a_triton_kernel_that_does_not_pickle_stays() -> None:
-    with pytest.raises(ship.Unshippable, match="an argument of Triton kernel kernel"):
+    with pytest.raises(Unshippable, match="an argument of Triton kernel kernel"):
         triton_kernels.kernels_of(launching(kernel, LOCK=threading.Lock()))

@@ -1,0 +1,171 @@
+"""One compile, in any worker: a request in, an outcome out.
+
+Nothing here imports torch at the top: a worker first lowers its priority, and only then pays for the import.
+
+Guarantees:
+- `compile_graph` raises nothing: a failure comes back as an `Outcome` with `error` set.
+- Each compile begins with the settings of its own request, and leaves its environment and configs as they were.
+- An artifact that is sent has been loaded once, in the worker.
+- On another machine than the program's, a compile keeps that machine's folders, compilers' path and devices.
+
+Assumed: one compile at a time in a process. Dynamo's compile lock sees to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import first_line
+from ..runtime.patching import patched, patched_environment
+from . import place
+from .protocol import Outcome, Request
+
+# These variables are read when torch is imported, and settings give way to them.
+_CACHE_SWITCHES = (
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES",
+    "TORCH_COMPILE_FORCE_DISABLE_CACHES",
+    "TORCHINDUCTOR_AUTOGRAD_CACHE",
+)
+
+
+def compile_graph(request: Request) -> Outcome:
+    """Run all of Inductor's `compile_fx` on the graph of a request."""
+    started = time.time()
+    artifact, guards, error, details = None, b"", "", ""
+    heard: list[bytes] = []
+    remarks: list[str] = []
+    allow_caches()
+    place.note("compiling")
+    try:
+        artifact, guards = _compile(request, heard.append, remarks)
+    except BaseException as failure:
+        error = f"{first_line(failure)}; {_advice(failure)}"
+        details = traceback.format_exc()
+    echo, times = b"".join(heard), (request.submitted, started, time.time())
+    return Outcome(artifact, guards, error, details, *times, os.getpid(), echo, tuple(remarks))
+
+
+def allow_caches() -> None:
+    """Let no variable switch off Inductor's caches, whose machinery makes a compile's result serialisable."""
+    for variable in _CACHE_SWITCHES:
+        os.environ.pop(variable, None)
+
+
+def _compile(request: Request, keep_echo: Callable[[bytes], None], remarks: list[str]) -> tuple[bytes, bytes]:
+    """The artifact, and the pickled late guards.
+
+    Args:
+        keep_echo: called with what the compile leaves behind, also where it fails.
+        remarks: gets what the user should be warned of.
+    """
+    from ..artifacts import folders, libraries, load
+    from ..internals import dynamo, fake_tensors, inductor
+    from ..shipping import echo, graph, parcel
+
+    content = parcel.open_content(request.content)
+    envelope = parcel.open_envelope(request.envelope)
+    state, options = content.state, content.options
+    envelope.extend_search_path()
+    if content.definitions is not None and not envelope.asked_here:
+        content.definitions.define()
+    scratch = {"TMPDIR": place.scratch()} if place.scratch() else {}
+    # The lock is free in a worker; in an executor of threads it keeps Dynamo out while configs are patched.
+    with (
+        dynamo.compile_lock,
+        envelope.applied(),
+        state.applied_to_process(),
+        folders.safe_caches() as warned,
+        patched_environment(scratch),
+    ):
+        remarks += warned
+        _forget_other_cache_folder(inductor.forget_written_files)
+        gm, inputs, fake_mode = graph.unpack(content.graph, request.sizes)
+        if content.kernels is not None:
+            content.kernels.register(gm)
+        shapes = fake_mode.shape_env
+        known = len(shapes.guards)
+        context = fake_tensors.CompileContext(fake_tensors.CompileId.from_string(envelope.compile_id))
+        with (
+            echo.recorded(None if envelope.asked_here else envelope.audience, keep_echo),
+            libraries.recorded() as kernels,
+            _constants_pickled_for_real(),
+            fake_tensors.compile_context(context),
+            fake_tensors.tracing(fake_tensors.TracingContext(fake_mode)),
+            inductor.backward_before_forward(),
+            inductor.serialisable(),
+        ):
+            compiled: Any = inductor.stock_inductor(gm, inputs, options)
+            entry = compiled.serialize()
+        late = [guard.expr for guard in shapes.guards[known:]]
+        packed = load.pack(entry, kernels)
+        del compiled, entry, kernels
+        place.note("loading what it had compiled")
+        load.try_out(packed, state, options)
+        return packed, pickle.dumps(late)
+
+
+def _advice(failure: BaseException) -> str:
+    """What the user can do about it."""
+    texts: list[str] = []
+    numbers: set[int | None] = set()
+    cause: BaseException | None = failure
+    while cause is not None and len(texts) < 20:
+        texts.append(f"{type(cause).__name__}: {cause}")
+        numbers.add(getattr(cause, "errno", None))
+        cause = cause.__cause__ or cause.__context__
+    said = "\n".join(texts)
+
+    def is_about(*codes: int) -> bool:
+        return not numbers.isdisjoint(codes) or any(os.strerror(code) in said for code in codes)
+
+    if "InvalidCxxCompiler" in said or "No working C++ compiler" in said:
+        return "install a C++ compiler (g++ or clang), or name one in the variable CXX"
+    if is_about(errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or set TORCHINDUCTOR_CACHE_DIR to a folder on a disk that has some"
+    if is_about(errno.EROFS, errno.EACCES, errno.EPERM):
+        return "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written to"
+    if isinstance(failure, MemoryError) or is_about(errno.ENOMEM):
+        return "frame_swap.configure(workers=1) needs less memory"
+    return "FRAME_SWAP_DISABLE=1 shows whether plain Inductor does the same"
+
+
+@contextlib.contextmanager
+def _constants_pickled_for_real() -> Iterator[None]:
+    """Within the block, a graph's constants are pickled as the real tensors that they are.
+
+    Inductor pickles them while its FakeTensorMode is on, which does not let it copy those that are on a GPU.
+    """
+    import torch
+
+    from ..internals import fake_tensors
+
+    def for_real(reduce: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def reduce_for_real(storage: Any) -> Any:
+            with fake_tensors.unset_fake_temporarily():
+                return reduce(storage)
+
+        return reduce_for_real
+
+    with contextlib.ExitStack() as stack:
+        for storage in (torch.UntypedStorage, torch.TypedStorage):
+            stack.enter_context(patched(storage, "__reduce__", for_real(storage.__reduce__)))
+        yield
+
+
+_cache_folder: str | None = None
+
+
+def _forget_other_cache_folder(forget: Callable[[], None]) -> None:
+    """Inductor remembers which files it has written; a compile with another cache folder needs them anew."""
+    global _cache_folder
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if _cache_folder is not None and folder != _cache_folder:
+        forget()
+    _cache_folder = folder

@@ -1,0 +1,49 @@
+"""What travels between the program and a worker: a request there, an outcome back. Plain, picklable values."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+
+class Request(NamedTuple):
+    """One compile.
+
+    Attributes:
+        content: what is compiled, as `shipping.parcel.pack` returns it.
+        envelope: who asks, from the same call.
+        sizes: values of symbols in the graph's shapes, by name; symbols not in it have the traced value.
+        submitted: when the program asked, in seconds since the epoch.
+    """
+
+    content: bytes
+    envelope: bytes
+    sizes: dict[str, int]
+    submitted: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a worker sends back.
+
+    Attributes:
+        artifact: the compiled graph, forward and backward in one; None where the compile failed.
+        late_guards: pickled list of sympy relations that the compile added to the shapes' guards.
+        error: one line for the report; "" where all went well.
+        details: the traceback in the worker, for the log.
+        submitted, started, finished: seconds since the epoch: asked for, begun, ended.
+        pid: the worker's process id.
+        echo: what the compile left behind besides code, for `echo.replay`; also where it failed.
+        remarks: what the user should be warned of besides.
+    """
+
+    artifact: bytes | None
+    late_guards: bytes
+    error: str
+    details: str
+    submitted: float
+    started: float
+    finished: float
+    pid: int
+    echo: bytes = b""
+    remarks: tuple[str, ...] = ()

@@ -1,0 +1,166 @@
+"""What is sent to a worker: the content, which says what to compile, and the envelope, which says who asks.
+
+Guarantees:
+- The bytes of the content are the same for the same program in each process, whatever else that process has
+  compiled, and whatever its hash seed, its temporary folder and its working folder: an artifact can be found by
+  their digest. They change with the graph and its constants, with settings, options and custom operators.
+- `pack` leaves the graph as it is.
+
+Assumed: the program has the same files under the same paths each time. Where someone reads generated code, or CUDA
+graphs are on, the graph holds the program's lines, and the content with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import GraphModule
+
+from ..errors import Unshippable, first_line
+from ..internals import inductor
+from ..runtime.identity import this_machine, this_process
+from ..runtime.patching import patched_environment
+from . import graph, operators, triton_kernels
+from .checks import check_graph, check_settings
+from .echo import Audience
+from .operators import Definitions
+from .process_state import ProcessState, environment
+from .triton_kernels import Kernels
+
+
+class Parcel(NamedTuple):
+    """A graph packed for a worker, and the process state in it, which loading the artifact needs, too."""
+
+    content: bytes
+    envelope: bytes
+    state: ProcessState
+
+
+class Content(NamedTuple):
+    """What is compiled. State and definitions must be in force before the graph is unpickled."""
+
+    graph: bytes
+    state: ProcessState
+    options: dict[str, Any]
+    definitions: Definitions | None
+    kernels: Kernels | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Envelope:
+    """Who asks: it changes where a compile runs and what is heard of it, and nothing in the artifact.
+
+    Attributes:
+        process, machine: identities, of `runtime.identity`.
+        audience: what the process listens to.
+        environment: variables that name places and devices of the machine.
+        search_path: the process's `sys.path`.
+        compile_id: Dynamo's, as text.
+    """
+
+    process: str
+    machine: str
+    audience: Audience
+    environment: dict[str, str]
+    search_path: tuple[str, ...]
+    compile_id: str | None
+
+    @classmethod
+    def capture(cls, audience: Audience, compile_id: str | None) -> Envelope:
+        """The envelope of the calling process."""
+        path = tuple(map(os.path.abspath, sys.path))  # "" is the current folder
+        return cls(this_process(), this_machine(), audience, environment(of_machine=True), path, compile_id)
+
+    @property
+    def asked_here(self) -> bool:
+        """Whether the calling process is the one that asks, as in an executor of threads."""
+        return self.process == this_process()
+
+    def extend_search_path(self) -> None:
+        """Make the program's modules importable in a worker.
+
+        On another machine too, since clusters share folders. The worker's own entries come first, and a folder
+        that is not there is passed over.
+        """
+        here = set(map(os.path.abspath, sys.path))
+        sys.path.extend(entry for entry in self.search_path if entry not in here)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block, a worker on the program's machine has the program's variables.
+
+        Another machine has its own compilers, devices and folders: a cache folder of the program's need not exist
+        there, and one of that name might be another user's.
+        """
+        with patched_environment(self.environment if self.machine == this_machine() else {}):
+            yield
+
+
+def pack(
+    gm: GraphModule, example_inputs: list[Any], options: dict[str, Any], compile_id: str | None = None
+) -> Parcel:
+    """Serialise what a worker needs to compile `gm`.
+
+    Args:
+        options: changes of Inductor's config.
+        compile_id: Dynamo's, as text.
+
+    Raises:
+        Unshippable: with the reason.
+    """
+    try:
+        custom = check_graph(gm)
+        devices = {x.device.type for x in map(graph.fake_input, example_inputs) if isinstance(x, torch.Tensor)}
+        state = ProcessState.capture(devices)
+        check_settings(state.configs | {"options": options})
+        definitions = operators.definitions(custom) if custom else None
+        kernels = triton_kernels.kernels_of(gm)
+        audience = Audience.capture()
+        with_lines = audience.reads_code or inductor.asks_for_cudagraphs(options)
+        packed = graph.pack(gm, example_inputs, with_lines=with_lines)
+        content = Content(packed, state, dict(sorted(options.items())), definitions, kernels)
+        return Parcel(_stable_pickle(content), pickle.dumps(Envelope.capture(audience, compile_id)), state)
+    except Unshippable:
+        raise
+    except Exception as error:
+        raise Unshippable(f"the graph cannot be pickled: {first_line(error)}") from error
+
+
+def open_content(content: bytes) -> Content:
+    """The content of a parcel."""
+    opened: Content = pickle.loads(content)
+    return opened
+
+
+def open_envelope(envelope: bytes) -> Envelope:
+    """The envelope of a parcel."""
+    opened: Envelope = pickle.loads(envelope)
+    return opened
+
+
+def _stable_pickle(value: Any) -> bytes:
+    """Bytes that depend on what `value` equals: not on which of its strings are one object, nor on hashes."""
+    with io.BytesIO() as stream:
+        _Pickler(stream).dump(value)
+        return stream.getvalue()
+
+
+_Python: Any = pickle._Pickler
+
+
+class _Pickler(_Python):  # type: ignore[misc]  # the one in C does not ask about strings and sets
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        super().save(sys.intern(obj) if type(obj) is str else obj, save_persistent_id)
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) in (set, frozenset):
+            return type(obj), (sorted(obj, key=_stable_pickle),)
+        return NotImplemented
