@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,9 +23,13 @@ with names_looked_up():
 
 __all__ = [
     "CustomOpDef",
+    "CustomOpParts",
+    "Namespace",
+    "Namespaces",
     "OpOverload",
     "OpOverloadPacket",
     "autocast_dtypes",
+    "changed_arguments",
     "custom_op_def",
     "defined_in_python",
     "dispatch_keys",
@@ -34,10 +38,16 @@ __all__ = [
     "has_effects",
     "is_triton_kernel",
     "kernel_side_table",
+    "name_of",
+    "operator_of",
+    "packet_name",
+    "parts",
     "python_rules",
     "register_effect",
     "registered_at",
     "registrations",
+    "remove",
+    "schema_of",
     "stub_module",
     "triton_kernel_wrapper_mutation",
 ]
@@ -134,3 +144,72 @@ def autocast_dtypes(definition: Any) -> dict[str, torch.dtype]:
 def is_triton_kernel(target: object) -> bool:
     """Whether a graph node's target launches a Triton kernel of the user's."""
     return target in (triton_kernel_wrapper_functional, triton_kernel_wrapper_mutation)
+
+
+Namespaces: Any = type(torch.ops)
+"""The class of `torch.ops`."""
+
+Namespace: Any = type(torch.ops.aten)
+"""The class of `torch.ops.aten` and its like."""
+
+
+class CustomOpParts(NamedTuple):
+    """What `torch.library.custom_op` and the methods of its result were given."""
+
+    schema: str
+    tags: tuple[torch.Tag, ...]
+    devices: tuple[str | None, ...]
+    kernel: Callable[..., Any]
+    fake: Callable[..., Any] | None
+    backward: Callable[..., Any] | None
+    setup_context: Callable[..., Any] | None
+    vmap: Callable[..., Any] | None
+    dispatch: dict[type, Callable[..., Any]]
+
+
+def parts(definition: Any) -> CustomOpParts:
+    """The parts of what `custom_op_def` returns."""
+    return CustomOpParts(
+        definition._schema,
+        tuple(definition._tags),
+        tuple(definition._backend_fns),
+        definition._init_fn,
+        definition._abstract_fn,
+        definition._backward_fn,
+        definition._setup_context_fn,
+        definition._vmap_fn,
+        dict(definition._torch_dispatch_fns),
+    )
+
+
+def operator_of(definition: Any) -> OpOverload:
+    """The operator that a `CustomOpDef` defines."""
+    operator: OpOverload = definition._opoverload
+    return operator
+
+
+def name_of(operator: OpOverload) -> str:
+    """The name: "namespace::operator", with ".overload" where it has one."""
+    return str(operator._name)
+
+
+def packet_name(packet: OpOverloadPacket) -> tuple[str, str]:
+    """The namespace of an operator, and its name there."""
+    namespace, _, name = packet._qualified_op_name.partition("::")
+    return namespace, name
+
+
+def schema_of(operator: OpOverload) -> str:
+    """The operator's schema as `Library.define` takes it."""
+    return str(operator._schema).partition("::")[2]
+
+
+def changed_arguments(schema: str) -> list[str]:
+    """The arguments that an operator of this schema changes in place."""
+    arguments = torch._C.parse_schema(schema).arguments
+    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def remove(library: Any) -> None:
+    """Take back all that a `torch.library.Library` has registered."""
+    library._destroy()

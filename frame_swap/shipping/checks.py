@@ -11,15 +11,14 @@ import torch
 from torch.fx import GraphModule
 
 from ..errors import Unshippable, first_line
-from ..internals import aot
-from ..internals.dispatcher import OpOverload, OpOverloadPacket
+from ..internals import aot, dispatcher
 from . import operators
 
 _COLLECTIVE = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "symm_mem")
-"""Namespaces of operators that communicate with other processes of the program."""
+"""dispatcher.Namespaces of operators that communicate with other processes of the program."""
 
 
-def check_graph(gm: GraphModule) -> list[OpOverload]:
+def check_graph(gm: GraphModule) -> list[dispatcher.OpOverload]:
     """Refuse a graph that no worker can compile; return the custom operators that it calls.
 
     Raises:
@@ -27,7 +26,7 @@ def check_graph(gm: GraphModule) -> list[OpOverload]:
     """
     if aot.saving_is_traced():
         raise Unshippable("hooks on saved tensors that are graphs themselves become a part of it")
-    custom: dict[OpOverload, None] = {}
+    custom: dict[dispatcher.OpOverload, None] = {}
     for module in gm.modules():
         if not isinstance(module, GraphModule):
             continue  # a container of graphs; a module that is called is refused below
@@ -38,7 +37,7 @@ def check_graph(gm: GraphModule) -> list[OpOverload]:
                 raise Unshippable(f"the graph holds a tensor of its own: {node.target}")
             if node.op == "call_module" and not isinstance(module.get_submodule(node.target), GraphModule):
                 raise Unshippable(f"the graph calls a module: {node.target}")
-            if isinstance(node.target, (OpOverload, OpOverloadPacket)):
+            if isinstance(node.target, (dispatcher.OpOverload, dispatcher.OpOverloadPacket)):
                 if str(node.target).partition(".")[0] in _COLLECTIVE:
                     raise Unshippable(f"the graph calls {node.target}, and a worker is in no process group")
                 if operators.is_custom(node.target):

@@ -28,6 +28,7 @@ from frame_swap import Region, State, region
 from frame_swap.errors import Unshippable
 from frame_swap.internals import dispatcher, inductor
 from frame_swap.shipping import operators, triton_kernels
+from frame_swap.shipping.operators import by_import
 from frame_swap.shipping.process_state import ProcessState
 
 pytestmark = pytest.mark.fast
@@ -579,7 +580,7 @@ def test_a_redefinition_reaches_the_worker(device: str) -> None:
 def test_every_kind_of_definition_can_be_sent_by_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_program: Any
 ) -> None:
-    monkeypatch.setattr(operators, "_modules", lambda operator: ())
+    monkeypatch.setattr(by_import, "modules", lambda operator: ())
     kinds = (square, power, add_into, halves, extremes, positive, cast, note, ramp, decomposed)
     library = torch.ops.shipping_library
     sent = operators.definitions(
