@@ -38,10 +38,12 @@ __all__ = [
     "import_loading",
     "inductor_config",
     "is_compiled_graph",
+    "is_scheduler_node",
     "load_cpp_library",
     "loaded_modules_forgotten",
     "loading_is_imported",
     "loading_options",
+    "metrics",
     "options_of",
     "patch_configs",
     "prepare_cudagraphs",
@@ -266,3 +268,15 @@ def forget_written_files() -> None:
     from torch._inductor.utils import clear_caches
 
     clear_caches()
+
+
+def metrics() -> Any:
+    """The module of Inductor's metrics: numbers, and lists."""
+    return importlib.import_module("torch._inductor.metrics")
+
+
+def is_scheduler_node(value: Any) -> bool:
+    """Whether this is a node of Inductor's scheduler, which leads to the whole graph."""
+    from torch._inductor.scheduler import BaseSchedulerNode
+
+    return isinstance(value, BaseSchedulerNode)

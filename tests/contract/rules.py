@@ -91,6 +91,9 @@ PRIVATE_NAMES = (
     Allowed("frame_swap.farm.local", "loky.process_executor._threads_wakeups", _POOL),
     Allowed("frame_swap.farm.local", "_executor._processes", _POOL),
     Allowed("frame_swap.farm.local", "multiprocessing.process._children", _POOL),
+    Allowed(
+        "frame_swap.shipping.parcel", "pickle._Pickler", "is CPython's own, and the only one to ask about strings"
+    ),
     Allowed("frame_swap.farm", "_inheriting", "tells that a child of multiprocessing still imports the program"),
 )
 
