@@ -1,4 +1,4 @@
-"""The decorator: opt a module class, a module or a function in, each by itself."""
+"""The decorator `opt_in`: compile a module class, a module or a function."""
 
 from __future__ import annotations
 
@@ -42,36 +42,41 @@ def opt_in(
     """Compile `target` with frame-swap, with or without arguments: `@opt_in` or `@opt_in(dynamic=True)`.
 
     Args:
-        target: an `nn.Module` class (each instance's calls are compiled, subclasses' too), a module (changed in
-            place and returned, so that its class, state dict and pickle stay what they are) or a function.
+        target: an `nn.Module` class (the calls of all instances are compiled, also those of subclasses), a module
+            (changed in place and returned, so that its class, state dict and pickle stay the same) or a function.
         dynamic, fullgraph, mode, options: as for `torch.compile`.
-        static_module: a promise about the module, or about each instance of the class; its guards are then
-            evaluated once, and not on each call (below).
+        static_module: a promise about the module, or about each instance of the class. Guards on the module are
+            then evaluated once instead of on each call; see below.
+
+    Returns:
+        For a class or a module `target` itself, for a function a new callable. Without `target`, the decorator.
 
     Raises:
         ValueError: an unknown mode or option.
-        TypeError: `target` is none of these, or a function that `static_module` says something of.
+        TypeError: `target` is none of these, or it is a function and `static_module` is True.
 
-    Once compiled code is in, a frame that Dynamo captured whole is called without `torch.compile`'s wrapper and
-    without frame evaluation: its guards are evaluated, then its code runs. A call that misses them, runs under a
-    profiler, a tracer, a dispatch mode, a functorch transform or a stance, or meets module hooks, goes the way of
-    `torch.compile`.
+    This is for frames that Dynamo captured whole. Once compiled code is installed, a call evaluates the guards and
+    runs the code, without `torch.compile`'s wrapper and without frame evaluation. A call takes the path of
+    `torch.compile` if the guards do not hold, if the module has hooks, or if a profiler, a tracer, a dispatch mode,
+    a functorch transform or a stance is active.
 
-    What `static_module=True` promises, from the first call that compiled code serves:
+    `static_module=True` promises, from the first call that compiled code serves:
 
-    - The module's structure stays: submodules, and of these and itself plain attributes, methods and hooks (hooks
-      on the module itself may come and go).
+    - The structure of the module does not change: its submodules, and the plain attributes, methods and hooks of
+      all of them. Hooks on the module itself may be added and removed.
     - Each parameter and buffer keeps its name, shape, strides, dtype, device and `requires_grad`, and none is
-      passed as an argument. Values may change, in place (optimizers, `load_state_dict`) or by another tensor of
-      that kind: each call reads the tensors anew.
-    - Submodules are in training or evaluation mode as the module is: `module.train()` and `.eval()` may be called.
-    - The code that it runs stays: no function, class or module that it reaches through globals is replaced.
+      passed as an argument. Values may change, in place (optimizers, `load_state_dict`) or by assigning a tensor
+      with the same properties: each call reads the tensors again.
+    - All submodules are in the same mode, training or evaluation, as the module: `module.train()` and `.eval()` may
+      be called.
+    - The code does not change: no function, class or module that the module's code reaches through globals is
+      replaced.
 
-    Inputs, other globals and the global state are guarded as ever. A broken promise goes unnoticed: calls go on
-    with the code compiled for the module as it was, and may return wrong values or crash. `torch._dynamo.reset()`
-    ends it.
+    Guards on inputs, other globals and the global state are evaluated on each call. A broken promise goes
+    unnoticed: calls go on running code compiled for the former module, and may return wrong values or crash.
+    `torch._dynamo.reset()` ends the promise.
     """
-    inductor.options_of(mode, options)  # an unknown name is an error here, not at the first call
+    inductor.options_of(mode, options)  # an unknown name raises here, not at the first call
 
     def compiled(function: Callable[..., Any]) -> Any:
         return torch.compile(
@@ -86,10 +91,10 @@ def opt_in(
     def apply(target: Any) -> Any:
         module = target if isinstance(target, torch.nn.Module) else None
         if module is not None or (isinstance(target, type) and issubclass(target, torch.nn.Module)):
-            # `Module.__call__` prefers `_compiled_call_impl`; on the class it becomes a method of all instances.
+            # `Module.__call__` prefers `_compiled_call_impl`. On the class it becomes a method of all instances.
             plain = target._call_impl
             call = eval_frame.traceable(plain, target.forward)
-            # Where Dynamo has to be led into the call, it does not guard on there being no hooks.
+            # If Dynamo has to be led into the call, it adds no guard against hooks on the module.
             hooked = torch.nn.Module._call_impl if call is not plain else None
             target._compiled_call_impl = dispatch.module_dispatcher(
                 compiled(call), module, static_module=static_module, hooked=hooked
@@ -98,7 +103,7 @@ def opt_in(
         if not callable(target) or isinstance(target, type):
             raise TypeError(f"opt_in takes an nn.Module class, a module or a function, not {target!r}")
         if static_module:
-            raise TypeError(f"static_module is a promise about a module, and {target!r} is none")
+            raise TypeError(f"static_module is a promise about a module, and {target!r} is no module")
         return dispatch.dispatcher(compiled(target))
 
     return apply if target is None else apply(target)

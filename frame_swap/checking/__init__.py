@@ -1,4 +1,4 @@
-"""Compiled code on trial: does it compute what the pair computes, and is that worth it?
+"""Trials of compiled code: does it compute the same as the pair (`verify`), and is it faster (`profit`)?
 
-Knows no processes and no frames, but for `repro`, which compiles what is in a folder once more.
+This package knows no processes and no frames, except `repro`, which compiles a graph again that a folder holds.
 """

@@ -1,4 +1,4 @@
-"""Deep copies of a graph's arguments: the same strides, offsets, aliases and place in autograd, other memory."""
+"""Deep copies of a graph's arguments: other memory, the same strides, offsets, aliases and autograd properties."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor, nn
 from ..internals import eager
 
 SETS = 4
-"""How many copies have to fit into what memory is left; one may be in double precision."""
+"""This many copies have to fit into the free memory; one of them may be in double precision."""
 
 
 class Uncopyable(Exception):
-    """What these arguments are cannot be told apart from what they belong to; the message says why."""
+    """These arguments cannot be copied faithfully; the message says why."""
 
 
 class Arguments:
     """A copy of one call's arguments.
 
-    Tensors that share memory share it in the copy, a view is a view of its base's copy, and what required a
-    gradient does. A tensor with a history gets a new leaf in place of it.
+    Copies of tensors that share memory share memory, the copy of a view is a view of the copy of its base, and
+    `requires_grad` is the same. A tensor that has a `grad_fn` gets a new leaf as its history.
 
     Args:
-        originals: what the graph was called with; not touched.
-        double: whether floating-point and complex tensors become double precision.
+        originals: the arguments of the call; not changed.
+        double: whether copies of floating-point and complex tensors are in double precision.
 
     Attributes:
         values: the copies, in order.
-        leaves: the tensors whose `.grad` a backward fills, in an order that depends on the originals only.
+        leaves: the tensors whose `.grad` a backward fills; their order depends only on the originals.
 
     Raises:
         Uncopyable: with the reason.
@@ -81,10 +81,10 @@ class Arguments:
         return memory
 
     def _memory(self, tensor: Tensor) -> Tensor:
-        """A new tensor laid out alike, over a copy of the memory; no part of autograd."""
+        """A tensor with the same layout in a copy of the memory; without autograd."""
         with torch.no_grad():
             dtype = wider(tensor.dtype) if self._double else tensor.dtype
-            if dtype != tensor.dtype:  # a reference for values alone: aliases and gaps do not matter
+            if dtype != tensor.dtype:  # only values are compared with this copy: aliases and gaps do not matter
                 return torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device=tensor.device).copy_(
                     tensor
                 )
@@ -97,14 +97,14 @@ class Arguments:
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
-    """The double-precision type that holds what `dtype` holds."""
+    """The double-precision type for values of `dtype`; `dtype` itself for integers."""
     if dtype.is_complex:
         return torch.complex128
     return torch.float64 if dtype.is_floating_point else dtype
 
 
 class _History(torch.autograd.Function):
-    """A tensor with a `grad_fn` that is no view: it may be changed in place, as a leaf may not."""
+    """A tensor in a leaf's memory with a `grad_fn`, but no view: unlike a leaf, it may be changed in place."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:
@@ -118,11 +118,13 @@ class _History(torch.autograd.Function):
 
 
 def with_history(leaf: Tensor) -> Tensor:
+    """A tensor in the memory of `leaf` that has a `grad_fn`; its gradient arrives at `leaf`."""
     tensor: Tensor = _History.apply(leaf)  # type: ignore[no-untyped-call]
     return tensor
 
 
 def _with_bits_of(original: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` with the conjugate and negative bits of `original`."""
     if original.is_conj() != tensor.is_conj():
         tensor = eager.conj(tensor)
     if original.is_neg() != tensor.is_neg():
@@ -136,9 +138,9 @@ def _check(tensor: Tensor) -> None:
     if tensor.layout is not torch.strided:
         raise Uncopyable(f"an argument has layout {tensor.layout}")
     if eager.is_functorch_wrapped_tensor(tensor):
-        raise Uncopyable("an argument is a tensor of functorch's")
+        raise Uncopyable("an argument is a tensor inside a functorch transform")
     if tensor.is_quantized or tensor.is_mkldnn:
-        raise Uncopyable("an argument is quantized or of MKL-DNN's own layout")
+        raise Uncopyable("an argument is quantized or has a layout of MKL-DNN")
     if tensor.device.type == "meta":
         raise Uncopyable("an argument has no data")
 

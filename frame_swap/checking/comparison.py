@@ -1,13 +1,13 @@
-"""One call made twice, by the pair and by compiled code, and compared: outputs, gradients, changed arguments.
+"""Make one call twice, with the pair and with compiled code, and compare outputs, gradients and changed arguments.
 
-Both sides run on copies of the arguments, from the same random state, forward and backward. What is compared is
-what can be seen of a call. Whether values are equal is decided as PyTorch's accuracy checks do
-(`torch._dynamo.utils.same`): they are close, or compiled code is hardly further than the pair is from what
-Dynamo's graph gives, op by op, in double precision.
+Both sides run forward and backward on copies of the arguments, from the same random state. Two values are equal
+if PyTorch's accuracy checks take them for equal (`torch._dynamo.utils.same`): they are close, or the error of
+compiled code is hardly larger than that of the pair. Dynamo's graph, run op by op in double precision, gives the
+correct values for this.
 
-Values that no two runs share do not count, only their types and shapes: those of a graph that draws random
-numbers, unless compiled code draws the same ones, and those that differ of a graph that makes uninitialised memory.
-A graph draws random numbers where the pair's run moved a generator.
+In two cases only types and shapes are compared, since values differ from run to run: the graph draws random numbers
+and compiled code draws others, or values differ and the graph makes uninitialised memory. A graph draws random
+numbers if the pair's run changed the state of a generator.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Call = Callable[..., Any]
 
 @dataclasses.dataclass
 class Observation:
-    """All that can be seen of one call.
+    """The visible results of one call.
 
     Attributes:
-        error: what it raised, in which case there is nothing else.
-        values: outputs, arguments after the call and gradients, by what they are.
-        differentiable: which of the outputs require a gradient.
-        shared: for each output, the first argument whose memory it shares, or -1.
+        error: the exception that the call raised, as text; the other attributes are empty then. Else "".
+        values: outputs, arguments after the call, and gradients, as "output 0", "argument 0", "gradient 0".
+        differentiable: keys of the outputs and arguments that require a gradient.
+        shared: by output, the index of the first argument whose memory it shares, or -1.
     """
 
     error: str
@@ -45,22 +45,22 @@ class Observation:
 
 
 class Comparison:
-    """The pair's call, against which compiled code's is held.
+    """The pair's results for one call, to compare those of compiled code with.
 
     Args:
-        pair: runs at once, on a copy of the arguments.
-        arguments: what the graph is called with; not touched.
-        graph: Dynamo's, the reference where values differ.
-        same_numbers: whether compiled code draws the random numbers that the pair draws.
+        pair: the pair; called at once, on a copy of the arguments.
+        arguments: the arguments of the call; not changed.
+        graph: Dynamo's graph, which gives the correct values if the two sides differ.
+        same_numbers: whether compiled code draws the same random numbers as the pair.
 
     Attributes:
-        expected, actual: what was seen of the pair's call, and of compiled code's.
+        expected, actual: the results of the pair, and of compiled code.
         random: whether the pair has drawn random numbers.
-        incomparable: why values do not count; "" where they do.
+        incomparable: why values are not compared; "" if they are.
 
     Raises:
-        Uncopyable: there is no telling.
-        torch.OutOfMemoryError: there is no room for it; also from `difference`.
+        Uncopyable: the arguments cannot be copied, so nothing can be compared.
+        torch.OutOfMemoryError: there is no memory for it; `difference` may raise it, too.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Comparison:
             self.incomparable = "it draws random numbers, and compiled code draws others"
 
     def difference(self, compiled: Call) -> str:
-        """What compiled code does otherwise; "" where nothing. The random state is left as it was found."""
+        """The first difference of compiled code from the pair; "" if there is none. Restores the random state."""
         self.actual = observe(compiled, Arguments(self._arguments))
         self._state.restore()
         try:
@@ -113,7 +113,7 @@ class Comparison:
         return difference
 
     def _difference_in_layout(self, name: str, have: Any, want: Any) -> str:
-        """Strides do not count: with and without frame-swap, Inductor pads some outputs."""
+        """Strides are not compared: Inductor pads some outputs, also without frame-swap."""
         return difference_in_layout(have, want, strides=False)
 
     def _difference_in_values(self, actual: dict[str, Any]) -> str:
@@ -132,7 +132,7 @@ class Comparison:
         return ""
 
     def in_double(self) -> dict[str, Any]:
-        """What Dynamo's graph gives in double precision; nothing where it cannot be run so."""
+        """The results of Dynamo's graph in double precision; empty if it cannot run so."""
         if self._graph is None:
             return {}
         graph = self._graph
@@ -151,7 +151,7 @@ def _same(want: Any, have: Any, right: Tensor | None) -> bool:
         right,
         tol=eager.accuracy_tolerance(),
         equal_nan=True,
-        log_error=lambda *_: None,  # the report says it
+        log_error=lambda *_: None,  # the report has it
     )
 
 
@@ -162,7 +162,7 @@ def _how_far(have: Any, want: Any) -> str:
 
 
 def observe(call: Call, arguments: Arguments) -> Observation:
-    """Call, run the backward of everything that has one then, and note what came of it."""
+    """Call, then run the backward of all results that have one; return what is visible of both."""
     try:
         outputs = call(*arguments.values)
         outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
@@ -183,7 +183,7 @@ def observe(call: Call, arguments: Arguments) -> Observation:
 
 
 class RandomState:
-    """The state of every random number generator that a program might use, as it is now."""
+    """The present state of PyTorch's and Python's random number generators."""
 
     def __init__(self) -> None:
         with eager.disable_current_modes():
@@ -192,7 +192,7 @@ class RandomState:
         self._python = random.getstate()
 
     def restore(self) -> None:
-        """Go back to it."""
+        """Set the generators to this state."""
         with eager.disable_current_modes():
             torch.set_rng_state(self._cpu)
             if self._cuda:
@@ -200,14 +200,14 @@ class RandomState:
         random.setstate(self._python)
 
     def differs(self) -> bool:
-        """Whether PyTorch's generators have moved on since."""
+        """Whether the state of PyTorch's generators has changed since."""
         now = RandomState()
         pairs = zip([self._cpu, *self._cuda], [now._cpu, *now._cuda], strict=True)
         return not all(torch.equal(before, after) for before, after in pairs)
 
 
 def difference_in_layout(have: Any, want: Any, *, strides: bool) -> str:
-    """In what besides values `have` differs from `want`; "" in nothing."""
+    """The first difference other than in values; "" if there is none."""
     if not isinstance(want, Tensor):
         return "" if type(have) is type(want) else f"a {type(have).__name__}, the pair's a {type(want).__name__}"
     if not isinstance(have, Tensor):
@@ -221,13 +221,13 @@ def difference_in_layout(have: Any, want: Any, *, strides: bool) -> str:
 
 
 def _significant_strides(tensor: Tensor) -> list[int]:
-    """Without those of dimensions of size 1, and none where there are no elements: these say nothing."""
+    """The strides that mean something: of dimensions with several elements, none for an empty tensor."""
     sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
     return [stride for size, stride in sizes_and_strides if size > 1] if tensor.numel() else []
 
 
 def distance(have: Tensor, want: Tensor) -> float:
-    """The largest difference between two elements."""
+    """The largest absolute difference between elements; inf if only one of two is nan."""
     if not want.numel():
         return 0.0
     wide = wider(want.dtype)
@@ -239,20 +239,20 @@ def distance(have: Tensor, want: Tensor) -> float:
 
 
 def makes_uninitialised(graph: torch.nn.Module) -> bool:
-    """Whether operators of the graph return memory as they find it, whatever becomes of that."""
+    """Whether an operator of the graph returns uninitialised memory, even if all of it is written later."""
     targets = (str(n.target) for m in graph.modules() if isinstance(m, torch.fx.GraphModule) for n in m.graph.nodes)
     return any("empty" in target or "resize" in target for target in targets)
 
 
 def copy_of_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """`gm` as it is now; tracing the pair changes it."""
+    """A copy of `gm`; tracing the pair will change the original."""
     graph = torch.fx.Graph(tracer_cls=eager.tracer_class(gm.graph))
     graph.output(graph.graph_copy(gm.graph, {}))
     return torch.fx.GraphModule(gm, graph)
 
 
 def _sharing(output: Any, arguments: list[Any]) -> int:
-    """The first argument whose memory an output shares; -1 for none."""
+    """The index of the first argument whose memory an output shares; -1 for none."""
     memory = _memory(output)
     shared = (at for at, value in enumerate(arguments) if memory is not None and _memory(value) == memory)
     return next(shared, -1)
@@ -261,12 +261,12 @@ def _sharing(output: Any, arguments: list[Any]) -> int:
 def _memory(value: Any) -> int | None:
     if not isinstance(value, Tensor) or value.layout is not torch.strided or not value.numel():
         return None
-    with contextlib.suppress(RuntimeError, NotImplementedError):  # a subclass that has none
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # a subclass without storage
         return value.untyped_storage().data_ptr()
     return None
 
 
 def _uneven(end: Tensor) -> Tensor:
-    """A gradient that differs from element to element, so that mixed-up elements show."""
+    """A gradient whose elements all differ, so that permuted elements make a difference."""
     weights = torch.linspace(0.5, 1.5, end.numel(), device=end.device)
     return weights.to(end.dtype).reshape(end.shape)

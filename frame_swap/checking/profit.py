@@ -1,14 +1,14 @@
-"""`profit=True`: the first calls after the swap are timed on both sides, and slower code is turned away.
+"""`profit=True`: time the first calls on the pair and on compiled code, and reject compiled code that is slower.
 
-Calls go to the pair and to compiled code by turns, in an order that is drawn, so that neither gets the larger
-inputs by habit. What is timed is the graph's call, and the backward of that call where it has one by the time of
-the verdict: from when autograd's engine enters the graph's node to when it leaves it. On an accelerator both ends
-wait for the device. Calls made while workers compile are not timed, since the pair then leaves them a core.
+Of each two calls the pair serves one and compiled code the other, in random order; so neither gets all the larger
+inputs if sizes alternate. Measured are the graph's call and the backward of that call, if it has run by the time of
+the verdict: from the moment autograd's engine enters the graph's node until it leaves it. On an accelerator both
+ends wait for the device. Calls made while workers compile are not measured, since the pair then leaves them a core.
 
 Medians are compared. The noise of a median is the half-width of a box plot's notch, 1.57 × interquartile range /
-√n (McGill, Tukey and Larsen, "Variations of Box Plots", The American Statistician 32(1), 1978): where two notches
-do not overlap, the medians differ at about the 95% level. Compiled code is turned away where it is slower and they
-do not.
+√n (McGill, Tukey and Larsen, "Variations of Box Plots", The American Statistician 32(1), 1978): if two notches do
+not overlap, the medians differ at about the 95% level. Compiled code is rejected if it is slower and the notches do
+not overlap.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from ..internals import dynamo, eval_frame
 from .trial import Findings, Sides, Trial
 
 WARM_UP = 3
-"""Calls of each side that do not count: they allocate, load kernels and fill caches."""
+"""The first calls of each side are not measured: they allocate, load kernels and fill caches."""
 
 CALLS = 20
-"""Calls of each side that do."""
+"""Measured calls of each side."""
 
 
 @dataclasses.dataclass
 class _Sample:
-    """Seconds that one call took."""
+    """Seconds of one call; `backward` is None until the backward has run."""
 
     forward: float = 0.0
     backward: float | None = None
@@ -56,7 +56,7 @@ class Figure:
         return cls(statistics.median(seconds), 1.57 * (high - low) / math.sqrt(len(seconds)))
 
     def slower_than(self, other: Figure) -> bool:
-        """Whether by more than the noise of both."""
+        """Whether this median is larger by more than both noises together."""
         return self.median - self.noise > other.median + other.noise
 
     def __str__(self) -> str:
@@ -64,11 +64,11 @@ class Figure:
 
 
 class Measurement(Trial):
-    """Whether compiled code is slower than the pair.
+    """The trial that rejects compiled code if it is slower than the pair.
 
     Args:
-        undisturbed: whether timing makes sense now.
-        clock: seconds, for tests.
+        undisturbed: tells whether a time measured now is meaningful: no worker compiles.
+        clock: returns seconds; a test gives its own.
     """
 
     def __init__(self, undisturbed: Callable[[], bool], clock: Callable[[], float] = time.perf_counter) -> None:
@@ -139,11 +139,11 @@ def _synchronise(devices: Iterable[torch.device]) -> None:
 
 
 _DEPTH = 4
-"""How many nodes may stand between an output and the graph's node: views made anew."""
+"""The most nodes between an output and the graph's node: AOTAutograd makes some views again outside the graph."""
 
 
 def _node_of_graph(outputs: Any) -> Any | None:
-    """AOTAutograd's node in the history of `outputs`, whose backward is the graph's."""
+    """AOTAutograd's node in the history of `outputs`; its backward is the backward of the graph."""
     nodes: list[Any] = [x.grad_fn for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None]
     for _ in range(_DEPTH):
         for node in nodes:

@@ -1,4 +1,4 @@
-"""What compiled code has to pass before it serves alone."""
+"""A trial: a test that compiled code has to pass before it serves all calls that fit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 
 class Sides(NamedTuple):
-    """What may be called with the graph's inputs.
+    """The two sides of a trial. Each takes the graph's inputs.
 
     Attributes:
-        pair: the eager pair, to serve the caller; the report counts that.
-        compiled: the code on trial, to serve the caller; where it raises, the pair answers.
-        bare_pair, bare_compiled: both without all that, to see what they do.
+        pair: the eager pair, to serve the caller; the report counts this call.
+        compiled: the code on trial, to serve the caller; if it raises, the call is recovered on the pair.
+        bare_pair, bare_compiled: the same two, without counting and without recovery; to compare them.
     """
 
     pair: Callable[..., Any]
@@ -41,11 +41,11 @@ class Findings:
 
 
 class Trial(abc.ABC):
-    """Calls of a region go through here, one at a time, until there is a verdict.
+    """Serves calls of a region, one at a time, until there is a verdict.
 
     Attributes:
-        verdict: None until it is over; then "" where compiled code has passed, or what is wrong with it.
-        remark: what the report is to say of compiled code that has passed; "" where nothing.
+        verdict: None until the trial is over. Then "" if compiled code has passed, else the reason why not.
+        remark: a remark for the report on compiled code that has passed; "" if there is none.
         findings: results so far; a new object after each result.
     """
 
@@ -56,4 +56,4 @@ class Trial(abc.ABC):
 
     @abc.abstractmethod
     def call(self, sides: Sides, args: Sequence[Any]) -> Any:
-        """What a call returns with the graph's inputs `args`; raises what the graph raises."""
+        """Serve a call with the graph's inputs `args`: return its outputs, or raise the error of the graph."""

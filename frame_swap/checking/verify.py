@@ -1,7 +1,7 @@
-"""`verify=n`: the first `n` calls that compiled code could serve are made twice, and compared.
+"""`verify=n`: compare compiled code with the pair on the first `n` calls that compiled code could serve.
 
-What the caller gets is the pair's, with the pair's autograd graph: the comparison runs before that, on copies, so
-that inputs are changed once, no gradient is accumulated twice, and random numbers are drawn as if there was none.
+The pair serves the caller, with its own autograd graph. The comparison runs before, on copies of the arguments: so
+inputs are changed once, gradients are accumulated once, and the random numbers are the same as without it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .trial import Findings, Sides, Trial
 log = logging.getLogger(__name__)
 
 KeepRepro = Callable[[Sequence[Any], str], str]
-"""Given a call's arguments and what differs, keeps them for `python -m frame_swap repro`; returns the command."""
+"""Takes a call's arguments and the difference, keeps them for `python -m frame_swap repro`, returns the command."""
 
 
 class Verification(Trial):
-    """Whether compiled code computes what the pair computes.
+    """The trial that rejects compiled code if its results differ from the pair's.
 
     Args:
-        calls: how many to compare.
-        graph: Dynamo's.
-        keep_repro: called for a difference.
-        same_numbers: whether compiled code draws the pair's random numbers.
-        repeatable: whether a call may be made twice: a call has no effects besides its outputs and changed inputs.
+        calls: the number of calls to compare.
+        graph: Dynamo's graph.
+        keep_repro: called if there is a difference.
+        same_numbers: whether compiled code draws the same random numbers as the pair.
+        repeatable: whether a call may be made twice: it only returns outputs and changes inputs.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Verification(Trial):
     def _compare(self, sides: Sides, args: tuple[Any, ...]) -> None:
         comparison = Comparison(sides.bare_pair, args, self._graph, same_numbers=self._same_numbers)
         if comparison.expected.error:
-            return  # so will the call itself
+            return  # the call itself will raise it
         difference = comparison.difference(sides.bare_compiled)
         if difference:
             self.verdict = f"it is not what the pair computes: {difference}; {self._keep_repro(args, difference)}"

@@ -1,4 +1,4 @@
-"""AOTAutograd: the pair's tracing, its runtime wrappers and their metadata, and hooks on saved tensors."""
+"""AOTAutograd: tracing the pair, runtime wrappers with their metadata, and hooks on saved tensors."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ __all__ = [
 
 
 def saving_is_traced() -> bool:
-    """Whether hooks on saved tensors are set that become a part of the graphs traced meanwhile."""
+    """Whether hooks on saved tensors are active that AOTAutograd traces into its graphs."""
     return bool(saved_tensors_hooks_are_inlineable(top_saved_tensors_hooks()))
 
 
 def runs_hooks() -> bool:
-    """Whether this thread's calls of graphs run code of hooks on saved tensors, or of a dispatch mode."""
+    """Whether a call of a graph on this thread also runs hooks on saved tensors or a dispatch mode."""
     return bool(top_saved_tensors_hooks()) or watched_by_mode()
 
 
 def has_external_objects() -> bool:
-    """Whether a graph of this process uses streams or events, which AOTAutograd hands on to backwards (2.15)."""
+    """Whether a graph of this process uses streams or events, which AOTAutograd passes on to backwards (2.15)."""
     return bool(getattr(runtime_wrappers, "index_to_external_object_weakref", None))
 
 
@@ -80,7 +80,7 @@ def takes_boxed_grads(function: Any) -> bool:
 def derive_function(
     function: Any, forward: Callable[..., Any], backward: Callable[..., Any], boxed_grads: bool
 ) -> Any:
-    """A class derived from AOTAutograd's `CompiledFunction` that runs these two."""
+    """A class derived from `function`, AOTAutograd's `CompiledFunction`, that runs `forward` and `backward`."""
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     derived: Any = type(function)(function.__name__, (function,), methods)
     node = derived._backward_cls

@@ -1,4 +1,4 @@
-"""What `torch.library` and the dispatcher know of an operator, and the table of user Triton kernels."""
+"""Operators as `torch.library` and the dispatcher know them, and the table of user Triton kernels."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ __all__ = [
 
 
 def custom_op_def(operator: OpOverload) -> Any | None:
-    """What `torch.library.custom_op` returned for this operator, if it was defined so and is still that."""
+    """The object that `torch.library.custom_op` returned for this operator; None if it was defined otherwise."""
     definition = OPDEFS.get(operator._name)
     return definition if definition is not None and definition._opoverload is operator else None
 
@@ -65,35 +65,35 @@ def defined_in_python(operator: OpOverload) -> bool:
 
 
 def fake_impl(operator: OpOverload) -> Callable[..., Any] | None:
-    """What `torch.library.register_fake` was given for this operator."""
+    """The function that was passed to `torch.library.register_fake` for this operator; None if there is none."""
     kernel = operator_registry.find(operator._name).fake_impl.kernel
     function: Callable[..., Any] | None = kernel and kernel.func
     if function is not None and function.__qualname__.startswith("_check_pystubs_once."):
-        # A wrapper of torch.library's that checks, at the first call, where an operator of C++ was defined.
+        # A wrapper of torch.library that checks, at the first call, the module of an operator defined in C++.
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         function = cells["func"].cell_contents
     return function
 
 
 def effect(operator: OpOverload) -> Any:
-    """The effect type that was registered for the operator, None where it has none."""
+    """The effect type that is registered for the operator; None if there is none."""
     return operator_registry.find(operator._name).effect.effect
 
 
 def has_effects(target: object) -> bool:
-    """Whether a graph node's target is an operator with effects that happen in order, such as printing."""
+    """Whether `target`, of a graph's node, is an operator with ordered effects, such as printing."""
     if isinstance(target, OpOverloadPacket):
         return any(has_effects(getattr(target, name)) for name in target.overloads())  # type: ignore[no-untyped-call]
     return effects.has_effects(target)
 
 
 def register_effect(name: str, effect: Any, library: torch.library.Library) -> None:
-    """Register the effect type of the operator `name`, for as long as `library` lives."""
+    """Register an effect type for the operator `name`, for the lifetime of `library`."""
     library._register_effectful_op(name, effect)
 
 
 def python_rules(operator: OpOverload) -> list[str]:
-    """Dispatch keys, modes and tensor classes for which the operator has rules that Python code attached to it."""
+    """The dispatch keys, modes and tensor classes for which Python code has given the operator rules, as text."""
     rules = [*operator.py_kernels, *operator.python_key_table, *operator.functorch_table]
     if custom_op_def(operator) is None:
         rules += operator_registry.find(operator._name).torch_dispatch_rules._data
@@ -101,7 +101,7 @@ def python_rules(operator: OpOverload) -> list[str]:
 
 
 def registrations(operator: OpOverload) -> str:
-    """The operator's schema and kernels in the dispatcher, as text: for each key the file and line."""
+    """The operator's schema and kernels in the dispatcher, as text; for each key with file and line."""
     text: str = torch._C._dispatch_dump(operator._name)
     return text
 
@@ -110,7 +110,7 @@ _KERNEL = re.compile(r"(\w+)(?:\[alias\])?: registered at (.*?) ::")
 
 
 def dispatch_keys(operator: OpOverload) -> list[tuple[str, bool]]:
-    """The dispatch keys that the operator has kernels for, and whether who defined it registered each."""
+    """The dispatch keys that have a kernel, each with whether it was registered where the operator was defined."""
     lines = registrations(operator).splitlines()
     defined = next(line.partition("registered at ")[2] for line in lines if line.startswith("debug: "))
     found = (_KERNEL.match(line) for line in lines)
@@ -118,7 +118,7 @@ def dispatch_keys(operator: OpOverload) -> list[tuple[str, bool]]:
 
 
 def registered_at(operator: OpOverload) -> list[str]:
-    """The files in which something of the operator was registered, each once."""
+    """The files that registered the operator, its kernels or its fake implementation, each once."""
     files: list[str] = re.findall(r": registered at (.*?):\d+(?: ::|$)", registrations(operator), re.MULTILINE)
     kernel = operator_registry.find(operator._name).fake_impl.kernel
     if kernel is not None:
@@ -127,13 +127,13 @@ def registered_at(operator: OpOverload) -> list[str]:
 
 
 def stub_module(operator: OpOverload) -> str | None:
-    """The Python module that an operator of C++ names as its companion."""
+    """The Python module that an operator defined in C++ declares for its Python side; None if there is none."""
     stub: tuple[str, str] | None = torch._C._dispatch_pystub(operator._schema.name, operator._schema.overload_name)
     return stub[0] if stub else None
 
 
 def autocast_dtypes(definition: Any) -> dict[str, torch.dtype]:
-    """What a custom operator's inputs are cast to under autocast, by type of device."""
+    """The dtypes that inputs of a custom operator are cast to under autocast, by device type."""
     if hasattr(definition, "_autocast_dtype"):
         dtypes = dict(definition._autocast_dtype)
     else:  # up to 2.12
@@ -142,7 +142,7 @@ def autocast_dtypes(definition: Any) -> dict[str, torch.dtype]:
 
 
 def is_triton_kernel(target: object) -> bool:
-    """Whether a graph node's target launches a Triton kernel of the user's."""
+    """Whether `target`, of a graph's node, launches a user Triton kernel."""
     return target in (triton_kernel_wrapper_functional, triton_kernel_wrapper_mutation)
 
 

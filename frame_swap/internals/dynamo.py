@@ -1,4 +1,4 @@
-"""Dynamo: captured frames, generated code, cache entries, and the locks and metrics around them."""
+"""Dynamo: captured frames, generated code, cache entries, its compile lock and its metrics."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ __all__ = [
 
 
 class CapturedFrame(NamedTuple):
-    """The user's frame that Dynamo is compiling, as a backend can see it."""
+    """The user's frame that Dynamo is tracing."""
 
-    code: CodeType  # of the function that the user would name: not Dynamo's or nn.Module's shell around it
+    code: CodeType  # of the user's function, not of a shell of Dynamo or nn.Module around it
     globals: dict[str, Any]
 
 
@@ -67,47 +67,47 @@ def captured_frame() -> CapturedFrame | None:
     if root is None:
         return None
     code = root.f_code
-    if code.co_filename.endswith(_SHELLS):  # the user's is what it inlined, and that is done last
+    if code.co_filename.endswith(_SHELLS):  # Dynamo inlined the user's function, as its last
         inlined = reversed(root.output.traced_code)
         code = next((c for c in inlined if not c.co_filename.endswith(_SHELLS)), code)
     return CapturedFrame(code, root.f_globals)
 
 
 def recompile_limit() -> int:
-    """How many times Dynamo would compile one frame."""
+    """How many times Dynamo compiles one frame at most."""
     return int(torch._dynamo.config.recompile_limit)
 
 
 def skip_frames(code: CodeType) -> None:
-    """Tell Dynamo to trace neither frames of `code` nor anything that they call."""
+    """Tell Dynamo to trace neither frames of `code` nor frames that they call."""
     set_code_exec_strategy(code, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
 
 def adopt_code(old: CodeType, new: CodeType) -> None:
-    """Give `new` what Dynamo keeps for its generated code object `old`.
+    """Transfer to `new` all that Dynamo keeps for its generated code object `old`.
 
-    Dynamo deletes the globals that generated code uses (`__compiled_fn_*`, resume functions) when that code
-    object dies; they now have to live as long as `new`. May be done again where it was interrupted.
+    Dynamo deletes the globals that generated code uses (`__compiled_fn_*`, resume functions) when the code object
+    dies. From now on they live as long as `new`. An interrupted call may be repeated.
     """
     orig_code_map[new] = orig_code_map[old]
     output_codes.add(new)
     if hooks := CleanupManager.instance.get(old):
         CleanupManager.instance[new] = hooks
         CleanupManager.instance[old] = []
-    # A resume function compiles while its caller's frame is on the stack, and Dynamo's metrics keep a traceback
-    # of that, with the caller's generated code, for an error message within the same compile.
+    # A resume function compiles while its caller's frame is on the stack. Dynamo's metrics keep a traceback of
+    # that, and with it the caller's generated code, for an error message in the same compile.
     metrics = get_metrics_context()
     if not metrics.in_progress():
         metrics._edits.clear()
 
 
 def without_disable(function: Any) -> Any:
-    """What `torch._dynamo.disable` was put around, or `function` itself."""
+    """The function inside the wrapper of `torch._dynamo.disable`; `function` itself if it has no such wrapper."""
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
 def captured_whole(gm: torch.fx.GraphModule) -> bool:
-    """Whether Dynamo captured all that the frame does, up to its end, in this graph."""
+    """Whether this graph is all of its frame: Dynamo reached the frame's end without a graph break."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return reason is not None and not reason.graph_break
 

@@ -1,4 +1,4 @@
-"""Tensors, the state of the thread that computes with them, and how PyTorch compares them."""
+"""Tensors, the thread-local and global state that eager code reads, and PyTorch's comparison of values."""
 
 from __future__ import annotations
 
@@ -55,34 +55,34 @@ __all__ = [
 
 
 def in_double(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """`gm`, changed to compute in double precision where it names a type; as PyTorch's accuracy checks do it."""
+    """`gm`, changed to compute in double precision even if it names other types; for accuracy checks."""
     from torch._dynamo.debug_utils import cast_to_fp64
 
     return cast_to_fp64(gm, [])[0]
 
 
 def accuracy_tolerance() -> float:
-    """How far apart PyTorch's accuracy checks let compiled and eager values be, absolutely and relatively."""
+    """The absolute and relative difference between values that PyTorch's accuracy checks allow."""
     return float(torch._dynamo.config.repro_tolerance)
 
 
 def backend_flags_unlocked() -> contextlib.AbstractContextManager[None]:
-    """Within the block `torch.backends` flags may be set, also after PyTorch's test utilities have locked them."""
+    """Within the block, flags of `torch.backends` may be set, even if PyTorch's test utilities have locked them."""
     unlocked: contextlib.AbstractContextManager[None] = torch.backends.__allow_nonbracketed_mutation()
     return unlocked
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The tensor that autograd knows `tensor` to be a view of; None if it is no view."""
+    """The base of `tensor` if autograd knows it as a view; else None."""
     return tensor._base
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:
-    """A number that two storages share if and only if they are the same memory, while both live."""
+    """A number that identifies the storage among those that are alive."""
     return int(storage._cdata)
 
 
 def tracer_class(graph: torch.fx.Graph) -> type[torch.fx.Tracer] | None:
-    """The class of the tracer that made `graph`; a copy of the graph has to name it too."""
+    """The class of the tracer that made `graph`, to be passed on to a copy of the graph."""
     tracer: type[torch.fx.Tracer] | None = getattr(graph, "_tracer_cls", None)
     return tracer

@@ -1,4 +1,4 @@
-"""What stands between a call of a compiled function and its code: wrappers, guards, hooks and modes."""
+"""The path from a call of a compiled function to its code: wrappers, guards, hooks and modes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ with names_looked_up():
     from torch.autograd import profiler
     from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-    # Looked up at each use, because torch assigns them anew; here to see that they exist.
+    # These are looked up at each use, since torch assigns them anew. Here they are only checked to exist.
     _ASSIGNED = (dynamos_eval_frame._stance.stance, profiler._is_profiler_enabled)
     _GLOBAL_HOOKS = (
         nn_module._global_backward_pre_hooks,
@@ -45,14 +45,14 @@ __all__ = [
 
 
 def compiled_callable(compiled: Callable[..., Any]) -> Any:
-    """What `torch.compile` calls for Dynamo to capture: a function, a bound method, or Dynamo's shell around it."""
+    """The callable that Dynamo captures for `compiled`: a function, a bound method, or Dynamo's shell around it."""
     return getattr(compiled, "_torchdynamo_orig_callable", None)
 
 
 def backend_of(compiled: Callable[..., Any]) -> Any:
-    """What the cache entries of `torch.compile`'s result name as their backend.
+    """The backend that the cache entries of `compiled` name; `compiled` is a result of `torch.compile`.
 
-    None where that cannot be told, or where its calls do more than find and run an entry's code.
+    None if it cannot be found, or if a call of `compiled` does more than find an entry and run its code.
     """
     if not isinstance(compiled, FunctionType) or torch._dynamo.config.compiled_autograd:
         return None
@@ -64,7 +64,7 @@ def backend_of(compiled: Callable[..., Any]) -> Any:
 
 
 def stand_in(function: Callable[..., Any], compiled: Callable[..., Any]) -> None:
-    """Have Dynamo take `function`, with the attributes of `compiled`, for that, and not trace its frames."""
+    """Make Dynamo treat `function` as `compiled`, by the same attributes, and trace none of its frames."""
     attributes = cast("Any", function)
     attributes.__wrapped__ = cast("Any", compiled).__wrapped__
     attributes._torchdynamo_wrapper_id = id(function)
@@ -72,14 +72,18 @@ def stand_in(function: Callable[..., Any], compiled: Callable[..., Any]) -> None
 
 
 def traceable(call: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, which does no more than call `forward`, as Dynamo captures it: frames of torch.nn's own modules it
-    passes over, unless another frame inlines them."""
+    """A form of `call` that Dynamo captures; `call` only calls `forward`.
+
+    Dynamo skips frames of torch.nn's own modules unless another frame inlines them, so these get such a frame.
+    """
     return external_utils.wrap_inline(call) if trace_rules.check(forward) else call
 
 
 def undisturbed() -> bool:
-    """Whether nothing on this thread watches a compiled call, traces it or wants another: no profiler, tracer,
-    dispatch mode, functorch transform or stance. Torch function modes are a matter of the guards.
+    """Whether this thread has no profiler, tracer, dispatch mode, functorch transform and stance.
+
+    Each of these watches, traces or replaces the calls of compiled code. Torch function modes do so, too, but
+    guards check them.
     """
     stance = dynamos_eval_frame._stance
     return (
@@ -95,12 +99,12 @@ def undisturbed() -> bool:
 
 
 def watched_by_mode() -> bool:
-    """Whether a dispatch mode sees the operators that this thread runs."""
+    """Whether a dispatch mode is active on this thread and sees the operators of a call."""
     return bool(_len_torch_dispatch_stack())
 
 
 def only_calls_forward(module: torch.nn.Module) -> bool:
-    """Whether `module._call_impl` comes down to its class's `forward`: there are no hooks."""
+    """Whether `module._call_impl` only calls the `forward` of its class: there are no hooks."""
     return not (
         module._backward_hooks
         or module._backward_pre_hooks
@@ -112,14 +116,14 @@ def only_calls_forward(module: torch.nn.Module) -> bool:
 
 
 _RELATIONAL = {"OBJECT_ALIASING", "STORAGE_OVERLAPPING", "SYMBOLIC_SHAPE_GUARD"}
-"""Guards that relate values of several places, and hold only where all of these are visited."""
+"""Guards that relate several values. They cannot be evaluated if the guards of some of these are left out."""
 
 
 def guards_elsewhere(root: Any, name: str) -> Any | None:
-    """The guards under `root` that are neither about the local variable `name` nor about code.
+    """The guards under `root`, without those about the local variable `name` and without those about code.
 
-    Guards about code are those on the identity of functions, classes and modules that globals lead to. None where
-    guards relate the variable to others.
+    Guards about code check the identity of functions, classes and modules that are reached through globals. Returns
+    None if a guard relates the variable to other values.
     """
     about = f"L[{name!r}]"
     pending = [node for node in root.get_child_managers() if node.get_source() == about]

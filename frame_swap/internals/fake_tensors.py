@@ -1,4 +1,4 @@
-"""Fake tensors, symbolic shapes, the pickler of graphs, and the contexts of a compile."""
+"""Fake tensors, symbolic shapes, the pickler for graphs, and the contexts of a compile."""
 
 from __future__ import annotations
 
@@ -50,10 +50,13 @@ __all__ = [
 
 
 class FrameShapes:
-    """The symbolic shapes of the frame being compiled: which argument holds which symbol, and what is known.
+    """The symbolic shapes of the frame that is being compiled, and what its own guards say of them.
 
     Args:
-        example_inputs: the graph's inputs; Dynamo passes every symbol that the graph needs as an argument.
+        example_inputs: the graph's inputs. Dynamo passes each symbol that the graph needs as an argument.
+
+    Attributes:
+        symbols: for each symbol, the index of the argument that holds its value.
     """
 
     def __init__(self, example_inputs: list[Any]) -> None:
@@ -66,16 +69,16 @@ class FrameShapes:
                     self.symbols.setdefault(value.node.expr, at)
 
     def guard_on(self, relations: Iterable[sympy.Basic]) -> None:
-        """Have Dynamo check `relations`, which hold now, with the frame's own guards; while it still traces it."""
+        """Add `relations` to the frame's own guards. They hold now, and Dynamo is still tracing the frame."""
         for relation in relations:
             self._shape_env.evaluate_expr(relation)
 
     def sizes(self, args: Sequence[Any]) -> dict[str, int]:
-        """What the symbols stand for in a call with the graph's inputs `args`, by their names."""
+        """The value of each symbol, by name, in a call with the graph's inputs `args`."""
         return {symbol.name: int(args[at]) for symbol, at in self.symbols.items()}
 
     def implies(self, relation: sympy.Basic) -> bool | None:
-        """True where the frame's own guards make `relation` hold, False where they rule it out."""
+        """True if `relation` follows from the frame's own guards, False if they exclude it, None if neither."""
         if self._shape_env is None:
             return None
         try:
@@ -83,13 +86,14 @@ class FrameShapes:
             if known is None:
                 values = bound_sympy(relation, self._ranges(relation.free_symbols))
                 known = values.lower if values.is_singleton() else None
-        except KeyError:  # a function whose range is not known
+        except KeyError:  # a function of unknown range
             return None
         return None if known is None else bool(known)
 
     def _ranges(self, symbols: Iterable[sympy.Symbol]) -> dict[sympy.Symbol, Any]:
-        """What values `symbols` take. No tensor has a dimension of `sys.maxsize`, which Dynamo leaves open and
-        which slices without an end compare sizes with.
+        """The range of each symbol. A dimension of a tensor is smaller than `sys.maxsize`.
+
+        Dynamo's own range includes that value, and slices without an end compare sizes with it.
         """
         env = self._shape_env
         ranges = {symbol: env.var_to_range[symbol] for symbol in symbols}

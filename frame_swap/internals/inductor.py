@@ -1,8 +1,8 @@
 """Inductor, and the configs of Inductor, AOTAutograd and Dynamo.
 
-Names of Inductor itself are looked up inside the functions that use them, in a worker or on the loader thread:
-importing Inductor takes most of a second, which the first call should not pay for. A name that is gone there fails
-the region, and its eager pair goes on serving.
+Functions import Inductor's own names when they are called, in a worker or on the loader thread: importing Inductor
+takes most of a second, and the first call should not wait for that. If such a name is missing, the region fails and
+the eager code goes on serving. Names of the configs are cheap, and looked up at import.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _is_back(config: Any, name: str, value: Any) -> bool:
 
 @contextlib.contextmanager
 def patch_configs(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Apply what `changed_configs` returned in another process. Configs are process-wide, not per thread."""
+    """Within the block, apply the changes that `changed_configs` returned in another process; for all threads."""
     with contextlib.ExitStack() as stack:
         for name, config in _configs().items():
             stack.enter_context(config.patch(changes.get(name, {})))
@@ -90,23 +90,23 @@ def patch_configs(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
 
 
 def asks_for_cudagraphs(options: dict[str, Any]) -> bool:
-    """Whether a compile with these changes of Inductor's config is to use CUDA graphs."""
+    """Whether a compile with these changes of Inductor's config uses CUDA graphs."""
     return bool(options.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
 
 
 def prepare_cudagraphs(options: dict[str, Any]) -> None:
-    """Where a compile is to use CUDA graphs: importing their module makes them usable on this thread only."""
+    """If a compile uses CUDA graphs, import their module now: only the importing thread can use them."""
     if asks_for_cudagraphs(options) and torch.cuda.is_available():
         importlib.import_module("torch._inductor.cudagraph_trees")
 
 
 @contextlib.contextmanager
 def backward_before_forward() -> Iterator[None]:
-    """Within the block a backward without CUDA graphs, of a forward with them, may be made ready before that ran.
+    """Within the block, a backward without CUDA graphs may be loaded before its forward, with CUDA graphs, has run.
 
-    Each call of such a backward tells the manager of the thread's CUDA graphs that no forward waits for its
-    backward any more. PyTorch looks for the manager once, when it compiles the backward, which is after the
-    forward ran; here each call looks for it.
+    Each call of such a backward tells the manager of the thread's CUDA graphs that the backward is running. PyTorch
+    looks up the manager once, when it compiles the backward: the forward has run by then and made the manager. Here
+    each call looks it up.
     """
     from torch._inductor import output_code
 
@@ -135,7 +135,7 @@ def backward_before_forward() -> Iterator[None]:
 def stock_inductor(
     gm: torch.fx.GraphModule, example_inputs: list[Any], options: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Compile here and now, as `torch.compile` does without us."""
+    """Compile in this process, at once, with stock Inductor."""
     from torch._inductor.compile_fx import compile_fx
 
     return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=options or None))
@@ -170,13 +170,13 @@ def options_of(mode: str | None, options: Mapping[str, Any] | None) -> dict[str,
 
 
 def default_cache_name() -> str:
-    """The name, in the temporary folder, of the folder that Inductor uses unless told otherwise."""
+    """The name of Inductor's default cache folder, without its parent folder."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     return os.path.basename(default_cache_dir())
 
 
-# Loading
+# --- Loading ---
 
 _LOADING = "torch._inductor.select_algorithm"
 
@@ -187,7 +187,7 @@ def loading_is_imported() -> bool:
 
 
 def import_loading() -> None:
-    """Import the modules that loading needs: most of a second."""
+    """Import the modules that loading needs; this takes most of a second."""
     importlib.import_module(_LOADING)
 
 
@@ -210,7 +210,7 @@ def is_compiled_graph(value: Any) -> bool:
 
 
 def forget_metrics(direction: Any) -> None:
-    """Keep the load of one direction from counting as a compile, as it does with a part of the metrics."""
+    """Clear the metrics of one direction, which would count its load as a compile."""
     from torch._inductor.metrics import CachedMetricsDeltas, get_metric_fields
 
     if hasattr(direction, "result") and hasattr(direction.result, "metrics_deltas"):
@@ -220,7 +220,7 @@ def forget_metrics(direction: Any) -> None:
 
 @contextlib.contextmanager
 def loaded_modules_forgotten() -> Iterator[None]:
-    """Remove the generated modules that are loaded in this block from Inductor's list."""
+    """After the block, remove the generated modules that it loaded from Inductor's list."""
     from torch._inductor.codecache import PyCodeCache
 
     known = len(PyCodeCache.modules)
@@ -229,19 +229,19 @@ def loaded_modules_forgotten() -> Iterator[None]:
 
 
 def cpp_code_cache() -> Any:
-    """The class whose `load_async` compiles C++ kernels, or finds them in a cache, and loads the library."""
+    """The class whose `load_async` compiles C++ kernels, or finds them in a cache, and loads their library."""
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache
 
 
 def load_cpp_library(cache: Any, file: str, key: str) -> Any:
-    """Load a shared library as `cache` does, a class from `cpp_code_cache` or one derived from that."""
+    """Load a shared library as `cache` does: the class from `cpp_code_cache`, or a class derived from it."""
     return cache._load_library(file, key)
 
 
 def cpp_library_file(library: Any) -> str:
-    """The path of a shared library that Inductor has loaded: an extension module, or one of ctypes'."""
+    """The path of a shared library that Inductor has loaded, as an extension module or with ctypes."""
     file: str = getattr(library, "__file__", None) or library._name
     return file
 

@@ -1,4 +1,4 @@
-"""Torch's logs and structured trace."""
+"""The logs and the structured trace of torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ with names_looked_up():
     from torch._logging._internal import LazyTraceHandler, LogState, trace_log
     from torch._logging._internal import getArtifactLogger as artifact_logger
 
-    # Looked up at each use, because torch assigns them anew or we do; here to see that they exist.
+    # These are looked up at each use, since torch or we assign them anew. Here they are only checked to exist.
     _ASSIGNED = (torch_logging.log_state, torch_logging.GET_DTRACE_STRUCTURED, structured.intern_string)
 
 __all__ = [
