@@ -21,12 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 NOT_YET: dict[str, tuple[str, ...]] = {
     "layers": ("frame_swap", "frame_swap.region", "frame_swap.reporting", "frame_swap.ui"),
-    "private_names": (
-        "frame_swap.decorator",
-        "frame_swap.farm",
-        "frame_swap.serving",
-    ),
-    "no_mock": ("frame_swap.farm",),
+    "private_names": ("frame_swap.decorator", "frame_swap.farm", "frame_swap.region", "frame_swap.serving"),
 }
 """Rooms that are still exempt from a rule."""
 

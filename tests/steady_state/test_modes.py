@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from helpers import DEVICE
 from torch import Tensor
@@ -16,8 +15,6 @@ from torch.utils._pytree import tree_leaves
 from .harness import Cases
 from .seen import FAIL, LOG, Call, ambient, error, facts, outcome, watch
 from .subjects import numbers, product, three, views_of_its_input
-
-pytestmark = pytest.mark.fast
 
 case = Cases()
 
