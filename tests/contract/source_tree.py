@@ -39,8 +39,13 @@ class Module:
 
     @property
     def room(self) -> str:
-        """The first name below the package; `__init__` for the package itself."""
-        return (self.name.split(".") + ["__init__"])[1]
+        """The room that this module is in."""
+        return room(self.name)
+
+
+def room(module: str) -> str:
+    """The room of a module: the first name below the package; `__init__` for the package itself."""
+    return (module.split(".") + ["__init__"])[1]
 
 
 def modules(root: Path) -> dict[str, Module]:
