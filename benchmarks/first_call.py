@@ -1,10 +1,10 @@
-"""How long a program waits: seconds to the first result, to the swap, and steps done against time.
+"""How long a program waits: seconds to the first result and to the swap, and steps done over time.
 
     python -m benchmarks.first_call [--model bert-4] [--infer] [--runs 3]
 
-Five arms, interleaved, each run in a process of its own with empty compile caches: eager, aot_eager, stock
-Inductor, upstream's TORCHINDUCTOR_FX_COMPILE_MODE=async+subprocess, and frame_swap. Each builds the model,
-takes one eager step (so that no arm pays for the libraries' own start), starts the clock, compiles, and steps
+Five arms run in turn, each in a process of its own with empty compile caches: eager, aot_eager, stock Inductor,
+upstream's TORCHINDUCTOR_FX_COMPILE_MODE=async+subprocess, and frame_swap. Each arm builds the model and makes one
+eager step, so that starting the libraries is not measured. Then it starts the clock, compiles, and makes steps
 until the time is up. Writes a JSON file and a picture; prints the ratios.
 """
 
@@ -38,7 +38,7 @@ BACKENDS = {
 
 
 def run_arm(arm: str, model: str, train: bool, seconds: float) -> dict[str, Any]:
-    """One arm in this process: when each step ended, in seconds since the clock started."""
+    """Run one arm in this process; return the times of the swap and of each step's end, in seconds."""
     import torch
 
     from . import models
@@ -69,7 +69,7 @@ def run_arm(arm: str, model: str, train: bool, seconds: float) -> dict[str, Any]
 
 
 def spawn_arm(arm: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """`run_arm` in a process of its own, with an empty Inductor and Triton cache."""
+    """Call `run_arm` in a process of its own, with empty caches of Inductor and Triton."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {
             **os.environ,
@@ -89,13 +89,13 @@ def spawn_arm(arm: str, args: argparse.Namespace, seconds: float) -> dict[str, A
 
 
 def durations(run: dict[str, Any], after: float = 0.0, before: float = float("inf")) -> list[float]:
-    """Seconds of each step but the first that began and ended within the window."""
+    """Seconds of each step that began and ended within the window, without the first step of the run."""
     ends = run["ends"]
     return [b - a for a, b in pairwise(ends) if after <= a and b <= before]
 
 
 def ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The figures of one round of all arms."""
+    """The figures of one round, from the runs of all arms."""
     ours, stock, pair = runs["frame_swap"], runs["inductor"], runs["aot_eager"]
     swap = ours["swap"] or float("inf")
     around = [b - a for a, b in pairwise(ours["ends"]) if swap - 2 <= b and a <= swap + 1]
@@ -123,7 +123,7 @@ def ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def draw(runs: dict[str, dict[str, Any]], title: str) -> Figure:
-    """Steps done against seconds, one curve an arm."""
+    """Steps done over seconds, a curve for each arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")

@@ -1,8 +1,8 @@
-"""Instructions that a call takes, counted by Valgrind's Callgrind: a figure that a busy machine does not change.
+"""Count the instructions of a call with Valgrind's Callgrind. The load of the machine does not change this figure.
 
-Virtual machines seldom pass hardware counters on; Callgrind needs none. The program under it is a child process,
-ten times slower than usual, a hundred times while it counts. Valgrind knows no AVX-512: the child's kernels are
-compiled for AVX2.
+Virtual machines seldom give access to hardware counters; Callgrind needs none. The measured program is a child
+process. It is ten times slower than usual, and a hundred times while instructions are counted. Valgrind does not
+know AVX-512, so the child's kernels are compiled for AVX2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CAPABILITIES = "FRAME_SWAP_CALLGRIND_CAPABILITIES"
 
 
 def unavailable() -> str:
-    """Why nothing can be counted here; "" where it can."""
+    """Why instructions cannot be counted here; "" if they can."""
     missing = [tool for tool in ("valgrind", "callgrind_control") if shutil.which(tool) is None]
     if missing:
         return f"no {missing[0]} here"
@@ -39,12 +39,12 @@ def unavailable() -> str:
 
 
 def run_counting(module: str, arguments: Sequence[str]) -> str:
-    """Run `python -m module` under Callgrind; returns what it printed.
+    """Run `python -m module` under Callgrind; return its output.
 
-    There it calls `prepare` first, `begin` when everything is compiled, and then `count`.
+    The module calls `prepare` first, `begin` when everything is compiled, and then `count`.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the program failed.
     """
     with tempfile.TemporaryDirectory() as files:
         callgrind = ("valgrind", "--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no")
@@ -61,22 +61,22 @@ def run_counting(module: str, arguments: Sequence[str]) -> str:
 
 
 def prepare() -> None:
-    """Have kernels compiled for what Valgrind knows."""
+    """Make Inductor compile kernels for instructions that Valgrind knows."""
     if platform.machine() == "x86_64":
         torch._inductor.config.cpp.march = "x86-64-v3"
         torch._inductor.config.cpp.simdlen = 256
-    # Artifacts are refused where instructions are missing that the workers have, which run outside of Valgrind.
+    # An artifact is refused if this CPU lacks instructions of the worker's; workers run outside of Valgrind.
     capabilities = json.loads(os.environ[_CAPABILITIES])
     torch.cpu.get_capabilities = lambda: capabilities
 
 
 def begin() -> None:
-    """Instrument what runs from here on, which makes it slow."""
+    """Instrument all code that runs from now on; it becomes slow."""
     subprocess.run(["callgrind_control", "--instr=on", str(os.getpid())], check=True, stdout=subprocess.DEVNULL)
 
 
 def count(run: Callable[[], object], number: int = 20) -> float:
-    """Instructions that one of `number` calls takes, garbage collection left out."""
+    """The mean number of instructions of `number` calls, without garbage collection."""
     for _ in repeat(None, 5):
         run()
     gc.collect()

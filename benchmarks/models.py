@@ -1,4 +1,4 @@
-"""The models that the benchmarks run, each as a training or inference step with random weights and inputs."""
+"""The models of the benchmarks, as training or inference steps with random weights and inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass
 class Step:
-    """One step of a program, `run(model)`; `model` is what gets compiled."""
+    """One step of a program: `run(model)`, where `model` may be compiled."""
 
     model: nn.Module
     run: Callable[[Callable[..., Tensor]], Tensor]
@@ -74,7 +74,7 @@ def _vit() -> tuple[nn.Module, Tensor]:
 
 
 class _Lstm(nn.Module):
-    """An LSTM cell over time, written out, because Dynamo leaves `nn.LSTM` to eager."""
+    """An LSTM cell over time, written out, since Dynamo does not capture `nn.LSTM`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -117,13 +117,13 @@ _BUILDERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "lstm-tiny": lambda: (_Lstm(64), torch.rand(8, 4, 64)),
     "resnet-block": lambda: (_ResidualBlock(32), torch.rand(4, 32, 14, 14)),
 }
-"""Each makes a model, and an input of it."""
+"""Functions that return a model and an input for it, by name."""
 
 NAMES = tuple(_BUILDERS)
 
 
 def make(name: str, train: bool, device: str) -> Step:
-    """A step of one of `NAMES`; on CUDA in bfloat16."""
+    """A step of the model `name`, one of `NAMES`; in bfloat16 on CUDA, else in float32."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, inputs = _BUILDERS[name]()

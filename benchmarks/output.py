@@ -1,4 +1,4 @@
-"""Where results go and what they say of the machine: what all benchmarks share."""
+"""Parts that all benchmarks share: the device, its name, colours, and writing of results."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COLOURS = {
 
 
 def device() -> str:
-    """Where benchmarks run: "cuda" where there is one, else "cpu"."""
+    """The device of the benchmarks: "cuda" if there is one, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_name() -> str:
-    """The machine in a picture's title: the GPU, or how many CPU cores this process may use."""
+    """The device, for the title of a picture: the GPU's name, or the number of CPU cores for this process."""
     import torch
 
     if torch.cuda.is_available():
@@ -42,7 +42,7 @@ def device_name() -> str:
 
 
 def write(stem: Path, results: dict[str, Any], figure: Figure) -> None:
-    """Write `stem`.json and `stem`.png, and say so."""
+    """Write `stem`.json and `stem`.png, and print their names."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(results))
     figure.savefig(stem.with_suffix(".png"), dpi=130)

@@ -1,23 +1,29 @@
-"""What a call costs once everything is compiled: microseconds and instructions, most of them wrappers where
-graphs are tiny.
+"""The cost of a call once everything is compiled, in microseconds and instructions; mostly wrappers in tiny graphs.
 
     python -m benchmarks.steady_state [--case "tiny inference" ...] [--rounds 15] [--milliseconds 40]
 
-Cases. Tiny: `(x + y).relu()` as inference (`no_grad`) and `(x * y).sin().sum()` as training (forward and backward,
-no optimizer), on 8 floats. A 2-layer BERT as either. And small models, whole steps of a program: BERT, GPT-2, ViT,
-an LSTM, a ResNet's block; to train is to zero gradients, forward, loss, backward and SGD.
+Cases:
+- Tiny graphs on 8 floats: `(x + y).relu()` as inference (`no_grad`), and `(x * y).sin().sum()` as training (forward
+  and backward, no optimizer).
+- A 2-layer BERT, as inference and as training.
+- Whole steps of small models: BERT, GPT-2, ViT, an LSTM, a block of a ResNet. A training step zeroes gradients,
+  then runs forward, loss, backward and SGD.
 
-Arms: eager; stock `torch.compile` ("inductor"); after their swap frame_swap through `torch.compile`, through
-`frame_swap.opt_in`, and for BERT through `opt_in(static_module=True)` where that exists; and, but for whole steps,
-Inductor's `call` alone: the generated functions for forward and backward, called by hand with the inputs that stock
-gave them. That is the least that any wrapper around the same code can reach; it checks no guards and reads no
-parameters. "Over call" is what an arm takes longer than that. Where gradients are on, "function" is the least that
-autograd can differentiate: an `autograd.Function` written by hand around the same two.
+Arms:
+- "eager".
+- "inductor": stock `torch.compile`.
+- "frame_swap", "opt_in", "static": frame_swap after the swap, through `torch.compile`, `frame_swap.opt_in` and, for
+  BERT, `opt_in(static_module=True)` if that exists.
+- "call", not for whole steps: only Inductor's generated functions for forward and backward, called by hand with the
+  inputs that stock gave them. It checks no guards and reads no parameters. No wrapper around the same code can be
+  faster. "Over call" is the time that an arm takes beyond it.
+- "function", with gradients: an `autograd.Function` written by hand around the same two functions. Nothing that
+  autograd can differentiate can be faster.
 
-All in one process, on one thread, so that the arms differ in overhead alone. In each round the arms take turns, in
-random order; a figure is the median over the rounds, a ratio the median of the rounds' own ratios. Instructions
-are counted in a process of their own, for tiny cases, and for BERT with `--instructions bert`. Writes a JSON file
-and a picture; prints a table of figures, and one of targets.
+All arms run in one process, on one thread, so that they differ only in overhead. In each round each arm runs
+once, in random order. A figure is the median over the rounds, a ratio the median of the ratios of the rounds.
+Instructions are counted in a process of their own, for tiny cases, and for BERT with `--instructions bert`.
+Writes a JSON file and a picture; prints a table of figures and a table of targets.
 """
 
 from __future__ import annotations
@@ -54,30 +60,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ARMS = ("eager", "inductor", "frame_swap", "opt_in", "static", "function", "call")
-"""All that there are; each case has some of them."""
+"""All arms; a case has some of them."""
 
 Call = Callable[..., Tensor]
 Runs = dict[str, Callable[[], object]]
-"""What each arm runs once."""
+"""A function for each arm that runs it once."""
 Rounds = dict[str, list[float]]
-"""Microseconds a call in each round, by arm."""
+"""Microseconds per call in each round, by arm."""
 
 
 class Program(NamedTuple):
-    """What is compiled, and what runs once with the compiled thing in its place."""
+    """A callable to compile, `target`, and a function that runs it once, compiled or not."""
 
     target: Call
     run: Callable[[Call], object]
-    tangent: Tensor | None = None  # of the one output, where `run` differentiates
+    tangent: Tensor | None = None  # the tangent of the only output, if `run` differentiates
 
 
 class Case(NamedTuple):
     """One graph.
 
     Attributes:
-        make: builds the program, the same each time.
-        trains: whether it runs with gradients on.
-        bare: whether there are the arms "call" and "function".
+        make: builds the program; each call builds the same one.
+        trains: whether it runs with gradients enabled.
+        bare: whether it has the arms "call" and "function".
         module: whether its target is a module.
     """
 
@@ -102,7 +108,7 @@ COUNTED: dict[str, Callable[[Case], bool]] = {
     "tiny": lambda case: case.bare and not case.module,
     "bert": lambda case: case.bare,
 }
-"""Whose instructions are counted; to compile BERT under Callgrind takes a quarter of an hour."""
+"""The cases whose instructions are counted. Compiling BERT under Callgrind takes a quarter of an hour."""
 
 SMALL_MODELS = ("bert-tiny", "gpt2-tiny", "vit-tiny", "lstm-tiny", "resnet-block")
 
@@ -155,14 +161,14 @@ def cases(device: str) -> dict[str, Case]:
 
 
 class Calls:
-    """Inductor's generated functions for one case, with the inputs of their first run, in that order."""
+    """Inductor's generated functions of one case, with the inputs of their first run, in order."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """Note what compiled graphs run within the block."""
+        """Within the block, record the functions that compiled graphs run."""
         from torch._inductor.output_code import CompiledFxGraph
 
         run_graph = CompiledFxGraph.__call__
@@ -176,13 +182,13 @@ class Calls:
             yield
 
     def run(self, tangent: Tensor | None) -> Callable[[], object]:
-        """What the arm runs once; the backward gets what its forward saved, as in AOTAutograd."""
+        """A function that runs the arm once. As in AOTAutograd, the backward gets what its forward saved."""
         if tangent is None:
             [(call, inputs)] = self.seen
             return lambda: call(list(inputs))
         (forward, inputs), (backward, backward_inputs) = self.seen
         inputs = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
-        if len(forward(list(inputs))) != len(backward_inputs):  # what is saved, and the output or its tangent
+        if len(forward(list(inputs))) != len(backward_inputs):  # the saved values, and the output or its tangent
             raise RuntimeError("give a case whose graph has one output: more are not told apart here")
 
         def run_both() -> object:
@@ -192,7 +198,7 @@ class Calls:
         return run_both
 
     def function(self) -> Call:
-        """The graph, as autograd differentiates it with the least around it; of the inputs of its first run."""
+        """The graph in a minimal `autograd.Function`, called with the inputs of its first run."""
         (forward, inputs), (backward, _) = self.seen
 
         class Graph(torch.autograd.Function):
@@ -212,7 +218,7 @@ class Calls:
 
 
 def compiled(arm: str, target: Call) -> Call:
-    """`target` as the arm calls it."""
+    """`target`, compiled as the arm compiles it."""
     wrappers: dict[str, Callable[[Call], Call]] = {
         "eager": lambda target: target,
         "inductor": torch.compile,
@@ -224,7 +230,7 @@ def compiled(arm: str, target: Call) -> Call:
 
 
 def arms(case: Case) -> Runs:
-    """What each arm runs once, compiled and swapped in, and giving the same values."""
+    """A function for each arm that runs it once; all is compiled and swapped, and the values are equal."""
     calls = Calls()
     before = set(frame_swap.report().regions)
     programs = {arm: case.make() for arm in case.arms if arm not in ("function", "call")}
@@ -248,7 +254,7 @@ def arms(case: Case) -> Runs:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors in what an arm returned."""
+    """The tensors that an arm returned."""
     return [value] if isinstance(value, Tensor) else [t for t in value if t is not None]
 
 
@@ -256,11 +262,11 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def microseconds(run: Callable[[], object], number: int, finish: Callable[[], None]) -> float:
-    """What one of `number` calls takes, the device's work included, garbage collection left out."""
+    """The mean time of `number` calls, including the work of the device, without garbage collection."""
     gc.collect()
     gc.disable()
     try:
-        run()  # the first may look further down the list of cache entries
+        run()  # the first call may search more of the list of cache entries
         finish()
         start = time.perf_counter_ns()
         for _ in repeat(None, number):
@@ -272,8 +278,11 @@ def microseconds(run: Callable[[], object], number: int, finish: Callable[[], No
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed: else chance decides which arm's tensors lie in pages that the kernel
-    has yet to clear, and that costs as much as all wrappers of a BERT."""
+    """Make the C library keep freed memory.
+
+    Otherwise some tensors lie in pages that the kernel has yet to clear, which costs as much as all wrappers of a
+    BERT; and it is chance which arm they belong to.
+    """
     with contextlib.suppress(AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
@@ -284,7 +293,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def measure(case: Case, rounds: int, milliseconds: float, device: str) -> Rounds:
-    """All arms of a case, interleaved."""
+    """Measure all arms of a case, in turn."""
     finish = torch.cuda.synchronize if device == "cuda" else lambda: None
     with torch.set_grad_enabled(case.trains):
         runs = arms(case)
@@ -298,7 +307,7 @@ def measure(case: Case, rounds: int, milliseconds: float, device: str) -> Rounds
 
 
 def count(chosen: Mapping[str, Case]) -> dict[str, dict[str, float]]:
-    """Instructions a call, by case and arm; runs under Callgrind."""
+    """Instructions per call, by case and arm; for a process that runs under Callgrind."""
     instructions.prepare()
     runs = {}
     for name, case in chosen.items():
@@ -312,23 +321,23 @@ def count(chosen: Mapping[str, Case]) -> dict[str, dict[str, float]]:
     return counts
 
 
-# --- What comes out ---
+# --- Results ---
 
 Figures = dict[str, dict[str, Any]]
-"""By case: rounds by arm ("us"), and instructions by arm where they were counted."""
+"""By case: rounds by arm ("us"), and instructions by arm if they were counted."""
 
 
 def ratio(figures: dict[str, Any], arm: str, other: str, over: str = "") -> tuple[float, float | None]:
-    """What part of `other`'s cost `arm` has, in time and in instructions; beyond the cost of `over` where given."""
+    """The cost of `arm` divided by that of `other`, in time and in instructions; both less the cost of `over`."""
 
     def part(costs: dict[str, float]) -> float:
         least = costs[over] if over else 0.0
-        if costs[other] <= least:  # noise: say so, rather than reach a target by it
+        if costs[other] <= least:  # noise: nan reaches no target
             return math.nan
         return (costs[arm] - least) / (costs[other] - least)
 
     us, counts = figures["us"], figures["instructions"]
-    if over:  # a small difference of large figures: in single rounds it is mostly noise
+    if over:  # a small difference of large figures is mostly noise in a single round
         time_part = part({name: statistics.median(times) for name, times in us.items()})
     else:
         time_part = statistics.median(a / b for a, b in zip(us[arm], us[other], strict=True))
@@ -336,7 +345,7 @@ def ratio(figures: dict[str, Any], arm: str, other: str, over: str = "") -> tupl
 
 
 class Target(NamedTuple):
-    """What part of another arm's cost one may have; beyond the cost of `over` where given."""
+    """The largest ratio of the costs of `arm` and `other`; each less the cost of `over`, if given."""
 
     case: str
     arm: str
@@ -366,7 +375,7 @@ TARGETS = (
 
 
 def targets(figures: Figures) -> list[dict[str, Any]]:
-    """Each target whose arms were run, and whether it was reached, to two decimals."""
+    """Each target whose arms were run, and whether it was reached when rounded to two decimals."""
     rows = []
     for target in TARGETS:
         if target.arm in figures.get(target.case, {"us": {}})["us"]:
@@ -377,7 +386,7 @@ def targets(figures: Figures) -> list[dict[str, Any]]:
 
 
 def table(figures: Figures, title: str, uncounted: str) -> Table:
-    """One row a case."""
+    """A table with a row for each case."""
     caption = "µs a call, medians over rounds; below, thousands of instructions"
     if uncounted:
         caption += f" (not counted: {uncounted})"
@@ -398,7 +407,7 @@ def cell(of_case: dict[str, Any], arm: str) -> str:
 
 
 def target_table(rows: list[dict[str, Any]]) -> Table:
-    """One row a target."""
+    """A table with a row for each target."""
     shown = Table(box=box.SIMPLE_HEAD, title="targets", title_justify="left")
     shown.add_column("case", no_wrap=True)
     shown.add_column("ratio", no_wrap=True)
@@ -413,7 +422,7 @@ def target_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def draw(figures: Figures, title: str) -> Figure:
-    """A group of bars for each case that has the arm "call"; for whole steps, their part of stock's."""
+    """A group of bars for each case that has the arm "call"; for whole steps, the ratio to stock."""
     from matplotlib.figure import Figure
 
     groups = {name: of_case["us"] for name, of_case in figures.items() if "call" in of_case["us"]}

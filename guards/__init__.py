@@ -1,4 +1,4 @@
-"""Guards that arrive late, as Python predicates over a graph's symbolic-int arguments."""
+"""Late guards as Python predicates over a graph's symbolic-int arguments. Imports nothing of frame_swap."""
 
 from .predicate import Inexpressible, source, undecided
 

@@ -1,26 +1,26 @@
 """Late guards as Python source.
 
-A compile may learn facts about sizes after Dynamo has closed the frame's own guards: `Eq(s86, 2)`,
-`s77 - 3*((s77 + 3)//4) >= 2`. They are sympy relations over integer symbols. `source` writes them as one
-Python expression over the values of those symbols; `undecided` first drops the ones that need no check.
+A compile may add guards on sizes after Dynamo has closed the frame's own guards: `Eq(s86, 2)`,
+`s77 - 3*((s77 + 3)//4) >= 2`. They are sympy relations over integer symbols. `undecided` drops the relations that
+need no check. `source` writes the others as one Python expression over the values of the symbols.
 
     >>> s77 = sympy.Symbol("s77", integer=True)
     >>> source([s77 - 3 * torch_functions.FloorDiv(s77 + 3, 4) >= 2], {s77: "s77"})
     's77 - 3 * ((s77 + 3) // 4) >= 2'
 
-What the expression means
-- It is true exactly when every relation holds in integers of any size. Where torch, folding constants,
-  saturates a power at `int_oo` beyond `sys.maxsize`, the expression stays exact.
-- A relation does not hold where any part of it is undefined: a divisor is 0; a dividend of torch's `Mod` is
-  negative or its divisor not positive; an exponent is outside 0..63 (torch has nothing below that range, and
-  nothing finite above it for a base of 2 or more). The conditions for this come first (`s1 != 0 and ...`),
-  except those that a literal meets, so the expression never raises on ints and never computes a huge power.
-  "Any part" is strict: `Or(Eq(a // b, 1), Eq(b, 0))` does not hold for `b == 0`, as it raises in torch.
-- Where torch computes with floats (`FloorToInt(1.5*ToFloat(s0))`, of an interpolation), so does the expression, in
-  double precision and for sizes below 2**63. Each sum or product may have one float operation only: of more, sympy
-  does not tell the order that they were done in, and with it the last bit.
-- Besides the caller's names it uses the builtins `max`, `min`, `abs`, `float`, `int` and `round`: evaluate it
-  where these are not shadowed.
+The meaning of the expression:
+- It is true if and only if every relation holds, in integers of any size. Torch saturates a power beyond
+  `sys.maxsize` at `int_oo` when it folds constants; the expression stays exact.
+- A relation does not hold if any part of it is undefined: a divisor is 0; a dividend of torch's `Mod` is negative
+  or its divisor is not positive; an exponent is outside 0..63 (torch defines no power below that range, and no
+  finite one above it for a base of 2 or more). The conditions for this come first (`s1 != 0 and ...`), unless
+  a literal meets them. So the expression never raises on ints and never computes a huge power. "Any part" is
+  strict: `Or(Eq(a // b, 1), Eq(b, 0))` does not hold for `b == 0`, since it raises in torch.
+- If torch computes with floats (`FloorToInt(1.5*ToFloat(s0))`, from an interpolation), the expression does so,
+  too, in double precision and for sizes below 2**63. Each sum or product may have only one float operation: sympy
+  does not keep the order of several, and the last bit depends on it.
+- It uses the caller's names and the builtins `max`, `min`, `abs`, `float`, `int` and `round`: these must not be
+  shadowed by its names.
 
 `torch.utils._sympy.functions` is private to torch; the names used here exist in 2.11, 2.13 and 2.15.
 """
@@ -59,7 +59,7 @@ _BUILTINS: dict[type[sympy.Basic], str] = {
     sympy.Abs: "abs",
 }
 
-# From floats to integers; `x // 1` is the floor, still a float.
+# From floats to integers. `x // 1` is the floor, but still a float.
 _ROUNDINGS: dict[type[sympy.Basic], str] = {
     torch_functions.FloorToInt: "int(x // 1)",
     torch_functions.CeilToInt: "-int(-x // 1)",
@@ -75,29 +75,34 @@ _REFUSAL = "late guard{} has no predicate: {}; the region stays on the pair"
 
 
 class Inexpressible(ValueError):
-    """A late guard cannot be decided from the graph's integer arguments; the message says why.
+    """A late guard cannot be checked with the graph's integer arguments; the message says why.
 
-    Nothing may then be installed that relies on the guard: the region stays on the pair.
+    No code that relies on the guard may be installed then: the region stays on the pair.
     """
 
 
 def undecided(relations: Iterable[sympy.Basic], implied: Callable[[sympy.Basic], bool | None]) -> list[sympy.Basic]:
-    """The relations that calls must be checked for, once each, in their order.
+    """The relations that have to be checked on each call, in their order, without duplicates.
 
-    `implied` says what is known of a relation without a call: True (always holds), False (never does) or
-    None (it depends). Only those that always hold are dropped; one that never does stays, and no call passes.
+    `implied` tells what is known of a relation before any call: True (it always holds), False (it never holds) or
+    None (that depends on the call). Only relations that always hold are dropped. One that never holds stays, and no
+    call passes.
     """
     return [relation for relation in dict.fromkeys(relations) if not implied(relation)]
 
 
 def source(relations: Iterable[sympy.Basic], names: Mapping[sympy.Symbol, str]) -> str:
-    """One Python boolean expression that is true exactly when all `relations` hold; "True" for none.
+    """One Python boolean expression that is true if and only if all `relations` hold; "True" if there are none.
 
-    `names` gives, for each symbol, the identifier (or other expression) that holds its value, an int.
-    Raises `Inexpressible` for longer float arithmetic, infinities, symbols not in `names` and functions not
-    known here.
+    Args:
+        relations: relations over integer symbols.
+        names: for each symbol, the identifier (or other expression) for its value, an int.
+
+    Raises:
+        Inexpressible: for sums and products of several floats, infinities, symbols that are not in `names`, and
+            functions that are unknown here.
     """
-    conjuncts: dict[str, None] = {}  # a set that keeps order: what makes a term defined comes before the term
+    conjuncts: dict[str, None] = {}  # an ordered set: a condition comes before the term that needs it
     for relation in relations:
         conjuncts.update(dict.fromkeys(_Translation(relation, names).conjuncts()))
     conjuncts.pop("True", None)
@@ -105,15 +110,15 @@ def source(relations: Iterable[sympy.Basic], names: Mapping[sympy.Symbol, str]) 
 
 
 class _Translation:
-    """One relation on its way to Python: sympy in, `ast` out (`ast.unparse` then sets the parentheses)."""
+    """Translates one relation from sympy to `ast`; `ast.unparse` then sets the parentheses."""
 
     def __init__(self, relation: sympy.Basic, names: Mapping[sympy.Symbol, str]) -> None:
         self._relation = relation
         self._names = names
-        self._conditions: list[ast.expr] = []  # under which the relation is defined, innermost terms first
+        self._conditions: list[ast.expr] = []  # the relation is defined under these; innermost terms first
 
     def conjuncts(self) -> list[str]:
-        """The conditions and then the relation, each fit to stand between `and`s."""
+        """The conditions, then the relation, each as an operand for `and`."""
         try:
             holds = self._boolean(self._relation)
             return [ast.unparse(ast.BoolOp(ast.And(), [node])) for node in (*self._conditions, holds)]
@@ -134,18 +139,18 @@ class _Translation:
                 if any(map(_is_fraction, sympy.preorder_traversal(expr))):
                     numerator, denominator = sympy.fraction(sympy.together(left - right))
                     self._require(sympy.Ne, denominator, 0)
-                    left, right = numerator * denominator, sympy.S.Zero  # has the sign of the fraction
+                    left, right = numerator * denominator, sympy.S.Zero  # the product has the sign of the fraction
                 return _compare(self._number(left), type(expr), self._number(right))
         raise self._inexpressible(f"{type(expr).__name__} is not known as a relation: {expr}")
 
     def _number(self, expr: sympy.Basic) -> ast.expr:
         integer = expr.is_integer or not expr.has(*_FLOATS)
-        if not integer and isinstance(expr, sympy.Mod):  # that asks whether the divisor is 0, too
+        if not integer and isinstance(expr, sympy.Mod):  # its `is_integer` also depends on whether the divisor is 0
             integer = all(arg.is_integer for arg in expr.args)
         return self._integer(expr) if integer else self._float(expr)
 
     def _float(self, expr: sympy.Basic) -> ast.expr:
-        """A number in double precision; an integer in it becomes one where it meets a float, as in torch."""
+        """A number in double precision. As in torch, an integer becomes one when it meets a float."""
         match expr:
             case sympy.Float() if abs(expr) < 2**64:
                 return _literal(float(expr))
@@ -224,9 +229,10 @@ class _Translation:
         return ast.BinOp(self._integer(dividend), op, self._require(sympy.Ne, divisor, 0))
 
     def _require(self, relation: type[sympy.Basic], expr: sympy.Basic, bound: int) -> ast.expr:
-        """`expr`, on the condition that `relation(expr, bound)`; only for a literal is that known already.
+        """`expr`, and add the condition `relation(expr, bound)` unless a literal meets it.
 
-        What sympy assumes of a symbol is not trusted: users can filter the frame guards that stand behind it.
+        Assumptions of sympy about a symbol are not trusted: they rest on guards of the frame, which users can
+        filter.
         """
         value = self._integer(expr)
         if not (isinstance(expr, sympy.Integer) and relation(expr, bound)):
@@ -238,7 +244,7 @@ class _Translation:
 
 
 class _Insertion(ast.NodeTransformer):
-    """Puts an expression in place of `x`."""
+    """Replaces `x` with an expression."""
 
     def __init__(self, expression: ast.expr) -> None:
         self._expression = expression
