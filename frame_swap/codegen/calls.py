@@ -68,7 +68,7 @@ def direct_calls(
     condition holds.
 
     Args:
-        base: from `call_constants`.
+        base: from `call_constants`; or from this function, where the frame has several calls.
         placeholder: a string that is no other constant of `base`.
         usual: what to call where no target fits.
         targets: at most one has no condition, and it is the last. The `boxed` of that one is called if it is alone.
@@ -96,7 +96,16 @@ def direct_calls(
             _box_arguments(instructions, at)
         instructions[at] = Instr("LOAD_CONST", callee)
     code = instructions.to_code()
-    return code if keep is None else code.replace(co_consts=(*code.co_consts, keep))
+    kept = [c for c in base.co_consts if type(c) is _Kept]  # by this function, for another call of the frame
+    kept += [] if keep is None else [_Kept(keep)]
+    return code.replace(co_consts=(*code.co_consts, *kept)) if kept else code
+
+
+class _Kept:
+    """A constant that no instruction loads; `bytecode` would leave it out."""
+
+    def __init__(self, kept: object) -> None:
+        self.kept = kept
 
 
 def _same(constant: object, placeholder: object) -> bool:

@@ -333,6 +333,33 @@ def test_the_code_keeps_an_object_alive() -> None:
     assert alive() is None
 
 
+def test_two_calls_with_their_own_targets_in_one_frame() -> None:
+    """Each is directed in turn; the second time undoes nothing of the first."""
+
+    class Kept:
+        def __call__(self) -> None: ...
+
+    def source(x: Any, n: int) -> Any:
+        first = one(x, n)  # noqa: F821
+        return [other(first, n), x]  # noqa: F821
+
+    placeholders = {"one": "frame_swap:one", "other": "frame_swap:other"}
+    base = calls.call_constants(source.__code__, placeholders)
+    kept: Any = [Kept(), Kept()]
+    alive = [weakref.ref(k) for k in kept]
+    code = calls.direct_calls(base, placeholders["one"], usual, [IF_LARGE], recover, kept[0])
+    code = calls.direct_calls(code, placeholders["other"], usual, [IF_LARGER, ALWAYS], recover, kept[1])
+    f = FunctionType(code, {})
+    assert f("x", 5) == [("always", ("usual", "x", 5), 5), "x"]
+    assert f("x", 30) == [("larger", ("large", "x", 30), 30), "x"]
+    del kept
+    gc.collect()
+    assert all(ref() is not None for ref in alive)
+    del code, f
+    gc.collect()
+    assert not any(ref() for ref in alive)
+
+
 def test_a_target_after_an_unconditional_one_is_refused() -> None:
     for targets in ([ALWAYS, IF_LARGE], [ALWAYS, ALWAYS]):
         with pytest.raises(ValueError, match="must be the last one"):
