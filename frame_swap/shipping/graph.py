@@ -4,7 +4,7 @@ This is Dynamo's graph, not AOTAutograd's: the worker then does all that Inducto
 decompositions and partitioner. Stack traces, sources and real tensors have no meaning elsewhere, and stay here.
 
 Guarantees:
-- `pack` leaves the graph as it is.
+- `bare_copy` leaves the graph as it is.
 - The bytes are the same for the same graph in each process: they hold no addresses, hints or order of sets.
 """
 
@@ -27,18 +27,8 @@ _TARGET = "frame_swap_target"
 """Key in a node's metadata for a target that is an object: the graph's own pickler knows targets by name only."""
 
 
-def pack(gm: GraphModule, example_inputs: Iterable[Any], *, with_lines: bool) -> bytes:
-    """Pickle a copy of `gm`, and its inputs as fake tensors.
-
-    Args:
-        with_lines: keep the program's lines. Generated code has them in comments, and CUDA graphs name the line
-            that reads an output which a later call has overwritten. They take more bytes than the rest.
-
-    Raises:
-        Unshippable: an input is of a kind that no worker can be given.
-    """
-    inputs = [fake_input(x) for x in example_inputs]
-    bare = _bare(gm, inputs, with_lines=with_lines)
+def pack(bare: GraphModule, inputs: list[Any]) -> bytes:
+    """Pickle a graph that `bare_copy` returned, and its inputs as fake tensors."""
     packed: bytes = _pickler().dumps((bare, inputs), fake_tensors.GraphPicklerOptions(ops_filter=None))
     return packed
 
@@ -97,8 +87,14 @@ def fake_input(value: Any) -> Any:
     )
 
 
-def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None, *, with_lines: bool) -> GraphModule:
-    """A copy of `gm`, and of the graphs inside it, without what means something in this process only."""
+def bare_copy(gm: GraphModule, inputs: Iterable[Any] | None = None, *, with_lines: bool) -> GraphModule:
+    """A copy of `gm`, and of the graphs inside it, without what means something in this process only.
+
+    Args:
+        inputs: as `fake_input` returns them; None for a graph inside another.
+        with_lines: keep the program's lines. Generated code has them in comments, and CUDA graphs name the line
+            that reads an output which a later call has overwritten. They take more bytes than the rest.
+    """
     graph = Graph(tracer_cls=dynamo.tracer_class(gm))
     nodes: dict[Node, Node] = {}
     graph.output(graph.graph_copy(gm.graph, nodes))
@@ -115,7 +111,7 @@ def _bare(gm: GraphModule, inputs: Iterable[Any] | None = None, *, with_lines: b
     bare = GraphModule(gm, graph)
     for name, child in bare.named_children():
         if isinstance(child, GraphModule):
-            setattr(bare, name, _bare(child, with_lines=with_lines))
+            setattr(bare, name, bare_copy(child, with_lines=with_lines))
     return bare
 
 

@@ -118,14 +118,15 @@ def pack(
     """
     try:
         custom = check_graph(gm)
-        devices = {x.device.type for x in map(graph.fake_input, example_inputs) if isinstance(x, torch.Tensor)}
-        state = ProcessState.capture(devices)
+        inputs = [graph.fake_input(x) for x in example_inputs]
+        state = ProcessState.capture({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
         check_settings(state.configs | {"options": options})
         definitions = operators.definitions(custom) if custom else None
-        kernels = triton_kernels.kernels_of(gm)
         audience = Audience.capture()
         with_lines = audience.reads_code or inductor.asks_for_cudagraphs(options)
-        packed = graph.pack(gm, example_inputs, with_lines=with_lines)
+        bare = graph.bare_copy(gm, inputs, with_lines=with_lines)
+        kernels = triton_kernels.detach(bare)
+        packed = graph.pack(bare, inputs)
         content = Content(packed, state, dict(sorted(options.items())), definitions, kernels)
         return Parcel(_stable_pickle(content), pickle.dumps(Envelope.capture(audience, compile_id)), state)
     except Unshippable:

@@ -1,17 +1,18 @@
 """The program's own Triton kernels, in a worker.
 
-Dynamo's graph names a kernel by its index in a table of the process, and so the constants that are not part of the
-graph. The kernel itself does not pickle; a worker imports it from its module, under its name there, and gives it an
-index of its own. Inductor copies the kernel's source into the code that it generates, so nothing of this is needed
-to load the artifact.
+Dynamo's graph refers to a kernel, and to constants that are not part of the graph, by indices in tables of the
+process. The graph that travels has numbers of its own instead, in the order of the launches. The kernel itself does
+not pickle; a worker imports it from its module, under its name there, and gives it an index in its own table.
+Inductor copies the kernel's source into the code that it generates, so loading the artifact needs none of this.
 
-A kernel of `__main__` is not to be found so: a worker does not run the program.
+A kernel of `__main__` cannot be imported: a worker does not run the program.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import operator
 import pickle
 import sys
@@ -26,37 +27,52 @@ from ..internals import dispatcher
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """The Triton kernels that a graph launches: by index, the module and the name in it; and their constants."""
+    """The Triton kernels that a graph launches, and their constants; a graph's numbers are indices of these.
 
-    kernels: dict[int, tuple[str, str]]
-    constants: dict[int, bytes]
+    Attributes:
+        kernels: of each, the module and the name in it.
+        sources: of each, a text that changes with its source. It sets the contents of two programs apart whose
+            kernels have the same names; a worker does not read it.
+        constants: pickled.
+    """
+
+    kernels: tuple[tuple[str, str], ...]
+    sources: tuple[str, ...]
+    constants: tuple[bytes, ...]
 
     def register(self, gm: GraphModule) -> None:
         """In a worker: import the kernels, and have `gm` refer to this process's table."""
         table = dispatcher.kernel_side_table
-        kernels = {index: table.add_kernel(imported(*name)) for index, name in self.kernels.items()}
-        constants = {index: table.add_constant_args(pickle.loads(c)) for index, c in self.constants.items()}
-        for node, index, arguments in _launches(gm):
-            here = {"kernel_idx": kernels[index], "constant_args_idx": constants[arguments]}
-            node.kwargs = {**node.kwargs, **here}
+        kernels = [table.add_kernel(imported(*name)) for name in self.kernels]
+        constants = [table.add_constant_args(pickle.loads(pickled)) for pickled in self.constants]
+        for node, number, arguments in _launches(gm):
+            _refer(node, kernels[number], constants[arguments])
 
 
-def kernels_of(gm: GraphModule) -> Kernels | None:
-    """What a worker needs of the kernels that `gm` launches; None where it launches none.
+def detach(gm: GraphModule) -> Kernels | None:
+    """Describe the kernels that `gm` launches, and have it refer to the description; None where it launches none.
 
     Raises:
         Unshippable: a kernel cannot be imported, or a constant cannot be pickled.
     """
     table = dispatcher.kernel_side_table
-    kernels: dict[int, tuple[str, str]] = {}
-    constants: dict[int, bytes] = {}
-    for _, index, arguments in _launches(gm):
-        kernels[index] = module_and_name(table.get_kernel(index))
+    numbers: dict[int, int] = {}
+    constants: list[bytes] = []
+    names: list[tuple[str, str]] = []
+    sources: list[str] = []
+    for node, index, arguments in _launches(gm):
+        if index not in numbers:
+            numbers[index] = len(names)
+            kernel = table.get_kernel(index)
+            names.append(module_and_name(kernel))
+            sources.append(_source(kernel))
+        name = names[numbers[index]][1]
         try:
-            constants[arguments] = pickle.dumps(table.get_constant_args(arguments))
+            constants.append(pickle.dumps(table.get_constant_args(arguments)))
         except Exception as error:
-            raise Unshippable(f"an argument of Triton kernel {kernels[index][1]}: {first_line(error)}") from error
-    return Kernels(kernels, constants) if kernels else None
+            raise Unshippable(f"an argument of Triton kernel {name}: {first_line(error)}") from error
+        _refer(node, numbers[index], len(constants) - 1)
+    return Kernels(tuple(names), tuple(sources), tuple(constants)) if names else None
 
 
 def module_and_name(kernel: Any) -> tuple[str, str]:
@@ -91,3 +107,19 @@ def _launches(gm: GraphModule) -> Iterator[tuple[Node, Any, Any]]:
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             if dispatcher.is_triton_kernel(node.target):
                 yield node, node.kwargs["kernel_idx"], node.kwargs["constant_args_idx"]
+
+
+def _refer(node: Node, kernel: int, constants: int) -> None:
+    node.kwargs = {**node.kwargs, "kernel_idx": kernel, "constant_args_idx": constants}
+
+
+def _source(kernel: Any) -> str:
+    """The kernel's source with that of the functions that it calls, and what `triton.autotune` tries."""
+    parts: list[str] = []
+    while hasattr(kernel, "fn"):
+        parts += [type(kernel).__name__, *map(str, getattr(kernel, "configs", ()))]
+        digest = getattr(kernel, "cache_key", None)  # of Triton's own cache: it follows calls
+        if isinstance(digest, str):
+            return "\n".join((*parts, digest))
+        kernel = kernel.fn
+    return "\n".join((*parts, inspect.getsource(kernel)))

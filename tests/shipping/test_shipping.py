@@ -820,7 +820,7 @@ def launching(what: object, **constants: Any) -> torch.fx.GraphModule:
 
 def test_a_triton_kernel_is_imported_and_gets_an_index_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = launching(kernel, BLOCK=64)
-    sent = pickle.dumps(triton_kernels.kernels_of(gm))
+    sent = pickle.dumps(triton_kernels.detach(gm))
     table = type(dispatcher.kernel_side_table)()  # a worker's, in which other kernels came first
     monkeypatch.setattr(dispatcher, "kernel_side_table", table)
     table.reset_table()
@@ -833,17 +833,26 @@ def test_a_triton_kernel_is_imported_and_gets_an_index_of_the_workers(monkeypatc
     assert (constants, table.get_constant_args(constants)) == (1, {"BLOCK": 64})
 
 
+def test_a_graph_with_triton_kernels_has_the_same_numbers_whatever_the_process_has_launched() -> None:
+    sent = []
+    for _ in range(2):
+        gm = launching(kernel, BLOCK=64)
+        sent.append((triton_kernels.detach(gm), [dict(node.kwargs) for node in gm.graph.nodes]))
+        launching(object(), BLOCK=32)
+    assert sent[0] == sent[1]
+
+
 def test_a_triton_kernel_that_is_not_under_its_name_stays() -> None:
     with pytest.raises(Unshippable, match="is not what its module test_shipping has under that name"):
-        triton_kernels.kernels_of(launching(Kernel(kernel.fn)))
+        triton_kernels.detach(launching(Kernel(kernel.fn)))
 
 
 def test_a_triton_kernel_of_main_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel.fn, "__module__", "__main__")
     with pytest.raises(Unshippable, match="in __main__, which a worker cannot import: move it to a module"):
-        triton_kernels.kernels_of(launching(kernel))
+        triton_kernels.detach(launching(kernel))
 
 
 def test_a_constant_of_a_triton_kernel_that_does_not_pickle_stays() -> None:
     with pytest.raises(Unshippable, match="an argument of Triton kernel kernel"):
-        triton_kernels.kernels_of(launching(kernel, LOCK=threading.Lock()))
+        triton_kernels.detach(launching(kernel, LOCK=threading.Lock()))
