@@ -35,7 +35,7 @@ __all__ = [
     "dispatch_keys",
     "effect",
     "fake_impl",
-    "has_effects",
+    "is_repeatable",
     "is_triton_kernel",
     "kernel_side_table",
     "name_of",
@@ -80,11 +80,11 @@ def effect(operator: OpOverload) -> Any:
     return operator_registry.find(operator._name).effect.effect
 
 
-def has_effects(target: object) -> bool:
-    """Whether `target`, of a graph's node, is an operator with ordered effects, such as printing."""
+def is_repeatable(target: object) -> bool:
+    """False if a graph node's target is an operator with effects that happen in order, such as printing."""
     if isinstance(target, OpOverloadPacket):
-        return any(has_effects(getattr(target, name)) for name in target.overloads())  # type: ignore[no-untyped-call]
-    return effects.has_effects(target)
+        return all(is_repeatable(getattr(target, name)) for name in target.overloads())  # type: ignore[no-untyped-call]
+    return not effects.has_effects(target)
 
 
 def register_effect(name: str, effect: Any, library: torch.library.Library) -> None:

@@ -56,7 +56,7 @@ def is_repeatable(gm: GraphModule) -> bool:
     False where the graph has effects that happen in order, such as printing: a second call would repeat them.
     """
     modules = (module for module in gm.modules() if isinstance(module, GraphModule))
-    return not any(dispatcher.has_effects(node.target) for module in modules for node in module.graph.nodes)
+    return all(dispatcher.is_repeatable(node.target) for module in modules for node in module.graph.nodes)
 
 
 def fake_input(value: Any) -> Any:

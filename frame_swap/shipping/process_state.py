@@ -1,4 +1,4 @@
-"""What a compile reads of its process besides the graph, so that a worker compiles as the caller would have."""
+"""The state of the process that a compile depends on, besides the graph: a worker applies it before it compiles."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..internals import eager, inductor
 from ..runtime.patching import patched_environment
 
 _SHIPPED = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_", "CUDA_", "CXX", "CC", "PATH", "TMPDIR")
-"""How the names of variables begin that a compile reads."""
+"""Prefixes of the environment variables that a compile reads."""
 
-# Those that name folders and devices of a machine, or how much of it a process may use. Which compiler is to be
-# used (CXX, TRITON_PTXAS_PATH) is not among them: it decides what comes out.
+# Those that name folders and devices of a machine, or limit how much of it a process uses. Variables that choose a
+# compiler (CXX, TRITON_PTXAS_PATH) are not among them: the code depends on it.
 _OF_MACHINE = frozenset(
     ("PATH", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCH_COMPILE_DEBUG_DIR")
     + ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_DUMP_DIR", "TRITON_OVERRIDE_DIR", "TRITON_LIBCUDA_PATH")
@@ -27,12 +27,16 @@ _OF_MACHINE = frozenset(
 
 
 def environment(*, of_machine: bool) -> dict[str, str]:
-    """Environment variables that a compile reads, sorted: those of this machine, or the others."""
+    """The environment variables that a compile reads, sorted by name.
+
+    Args:
+        of_machine: those that mean something on this machine only, or all others.
+    """
     names = sorted(name for name in os.environ if name.startswith(_SHIPPED))
     return {name: os.environ[name] for name in names if (name in _OF_MACHINE) == of_machine}
 
 
-# (owner, attribute): backend flags that tracing, decompositions or code generation look at.
+# (owner, attribute): backend flags that tracing, decompositions or code generation read.
 _FLAGS: tuple[tuple[Any, str], ...] = (
     (torch.backends.cudnn, "enabled"),
     (torch.backends.cudnn, "benchmark"),
@@ -66,13 +70,16 @@ class ProcessState:
 
     @classmethod
     def capture(cls, devices: set[str]) -> ProcessState:
-        """The state of the calling thread; `devices` are the types of device whose autocast matters."""
+        """The state of the calling thread.
+
+        Args:
+            devices: types of device, such as "cuda", whose autocast is captured; the CPU's always is.
+        """
         configs = inductor.changed_configs()
-        configs["inductor"].pop("compile_threads", None)  # how many compilers run at a time is the worker's matter
+        configs["inductor"].pop("compile_threads", None)  # the worker decides how many compilers it runs
         if "cuda" in devices and configs["inductor"].get(tune := "triton.autotune_at_compile_time") is None:
             # Otherwise the first compiled call would time each kernel's variants: 980 ms for BERT-base on an H200,
-            # against 44 ms for a first call of kernels that the worker has tuned. None is the default, and also
-            # among the changes once this was patched, as it is for each load.
+            # against 44 ms for a first call of kernels that the worker has tuned. None is the default.
             configs["inductor"][tune] = True
             configs["inductor"] = dict(sorted(configs["inductor"].items()))
         return cls(
@@ -98,7 +105,7 @@ class ProcessState:
 
     @contextlib.contextmanager
     def applied_to_thread(self) -> Iterator[None]:
-        """Grad mode, inference mode and autocast: state that each thread has of its own."""
+        """Within the block, the calling thread has the captured grad mode, inference mode and autocast."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
@@ -110,13 +117,17 @@ class ProcessState:
 
     @contextlib.contextmanager
     def applied_to_process(self) -> Iterator[None]:
-        """Everything, for one compile in a worker. Not for a process with other work going on."""
+        """Within the block, the process has all of the captured state. Only for a worker.
+
+        Settings of the thread, configs and environment are restored afterwards; the rest stays for the next
+        compile to overwrite.
+        """
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
         _deterministic.fill_uninitialized_memory = self.fill_uninitialized_memory
         torch.set_float32_matmul_precision(self.matmul_precision)
         torch.set_default_dtype(self.default_dtype)
-        # Generated loops are cut for so many threads, and a convolution's layout depends on whether there is
-        # more than one. Nothing that a compile runs is large enough to use them.
+        # Generated loops are split for this number of threads, and a convolution's layout depends on whether it is
+        # more than one. A compile runs nothing large enough to use them.
         torch.set_num_threads(self.threads)
         with eager.backend_flags_unlocked():
             for (owner, name), value in zip(_FLAGS, self.flags, strict=True):
