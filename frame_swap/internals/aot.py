@@ -22,6 +22,8 @@ with names_looked_up():
     )
     from torch._functorch._aot_autograd.schemas import OutputType, TensorAlias
     from torch._functorch._aot_autograd.utils import saved_tensors_hooks_are_inlineable, top_saved_tensors_hooks
+    from torch._functorch.partitioners import default_partition
+    from torch.autograd import _unsafe_preserve_version_counter as version_counters_kept  # type: ignore[attr-defined]
 
     if hasattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices"):
         mark_dynamic = runtime_wrappers.mark_dynamo_propagated_dynamic_indices
@@ -38,15 +40,18 @@ __all__ = [
     "aot_autograd",
     "boxed_nop",
     "coerce_to_expected_memory_format",
+    "default_partition",
     "derive_function",
     "gen_alias_from_base",
     "has_external_objects",
     "keeps_graph",
+    "mark_boxed",
     "mark_dynamic",
     "peek_interpreter_stack",
     "runs_hooks",
     "saving_is_traced",
     "takes_boxed_grads",
+    "version_counters_kept",
 ]
 
 
@@ -90,3 +95,8 @@ def derive_function(
     # The method that autograd's engine calls; its default looks up `backward`.
     setattr(node, "apply_boxed" if boxed_grads else "apply", backward)
     return derived
+
+
+def mark_boxed(run: Callable[[list[Any]], Any]) -> None:
+    """Tell AOTAutograd that `run` takes its arguments in one list, which it may empty."""
+    run._boxed_call = True  # type: ignore[attr-defined]

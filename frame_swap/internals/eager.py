@@ -42,6 +42,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "is_view",
     "is_view_replay_enabled",
+    "library_file",
     "neg_view",
     "no_autocast",
     "same",
@@ -86,3 +87,8 @@ def tracer_class(graph: torch.fx.Graph) -> type[torch.fx.Tracer] | None:
     """The class of the tracer that made `graph`, to be passed on to a copy of the graph."""
     tracer: type[torch.fx.Tracer] | None = getattr(graph, "_tracer_cls", None)
     return tracer
+
+
+def library_file() -> str:
+    """The path of PyTorch's extension module, which is linked with its libraries."""
+    return torch._C.__file__

@@ -32,9 +32,11 @@ __all__ = [
     "cpp_code_cache",
     "cpp_library_file",
     "default_cache_name",
+    "find_vector_instructions",
     "forget_metrics",
     "forget_written_files",
     "functorch_config",
+    "import_compiling",
     "import_loading",
     "inductor_config",
     "is_compiled_graph",
@@ -280,3 +282,15 @@ def is_scheduler_node(value: Any) -> bool:
     from torch._inductor.scheduler import BaseSchedulerNode
 
     return isinstance(value, BaseSchedulerNode)
+
+
+def import_compiling() -> None:
+    """Import the modules that compiling needs; this takes seconds."""
+    import torch._inductor.compile_fx  # noqa: F401
+
+
+def find_vector_instructions() -> None:
+    """Find the CPU's vector instructions; the first time on a machine, with about ten runs of the C++ compiler."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    pick_vec_isa()

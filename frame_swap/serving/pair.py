@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from functorch.compile import default_partition  # type: ignore[import-untyped]
 
 from ..farm.service import service
-from ..internals import aot, fake_tensors
+from ..internals import aot, eager, fake_tensors
 
 Boxed = Callable[[list[Any]], Any]
 
@@ -32,7 +31,7 @@ def trace_pair(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[
     trace = aot.aot_autograd(
         fw_compiler=_eager,
         bw_compiler=_eager_backward,
-        partition_fn=default_partition,
+        partition_fn=aot.default_partition,
         keep_inference_input_mutations=True,
     )
     pair: Callable[..., Any] = trace(gm, example_inputs)
@@ -66,7 +65,7 @@ def _eager(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
             openmp.set_threads(usual)
             openmp.set_mkl_threads(usual_mkl)
 
-    run_beside_workers._boxed_call = True  # type: ignore[attr-defined]
+    aot.mark_boxed(run_beside_workers)
     return run_beside_workers
 
 
@@ -91,10 +90,10 @@ def _uncounted_changes(gm: torch.fx.GraphModule, run: Boxed) -> Boxed:
 
     def run_uncounted(args: list[Any]) -> Any:
         counted = tuple(args[at] for at in changed if not args[at].is_inference())
-        with torch.autograd._unsafe_preserve_version_counter(counted):  # type: ignore[attr-defined]
+        with aot.version_counters_kept(counted):
             return run(args)
 
-    run_uncounted._boxed_call = True  # type: ignore[attr-defined]
+    aot.mark_boxed(run_uncounted)
     return run_uncounted
 
 
@@ -116,7 +115,7 @@ class _OpenMP(NamedTuple):
 def _openmp() -> _OpenMP | None:
     """None where PyTorch does not use OpenMP, or one that cannot be found."""
     usual = torch.get_num_threads()
-    for path in (None, torch._C.__file__):  # one that the program was started with comes before PyTorch's own
+    for path in (None, eager.library_file()):  # one that the program was started with comes before PyTorch's own
         try:
             library = ctypes.CDLL(path)
             set_threads = library.omp_set_num_threads
@@ -127,7 +126,7 @@ def _openmp() -> _OpenMP | None:
         is_pytorchs = torch.get_num_threads() != usual
         set_threads(before)
         if is_pytorchs:
-            set_mkl_threads = getattr(ctypes.CDLL(torch._C.__file__), "MKL_Set_Num_Threads_Local", lambda _: 0)
+            set_mkl_threads = getattr(ctypes.CDLL(eager.library_file()), "MKL_Set_Num_Threads_Local", lambda _: 0)
             pause = getattr(library, "omp_pause_resource_all", lambda _: 0)
             omp_pause_soft = 1
             return _OpenMP(set_threads, set_mkl_threads, functools.partial(pause, omp_pause_soft))

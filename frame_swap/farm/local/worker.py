@@ -107,11 +107,11 @@ def initialize(parent: int, niceness: int, compiler_threads: int, folder: str, m
 
 def _import_torch() -> None:
     import torch
-    import torch._dynamo
-    import torch._inductor.compile_fx
 
     from ...artifacts import folders
+    from ...internals import inductor
 
+    inductor.import_compiling()
     folders.keep_temporary_files_in(_folder)
     with contextlib.suppress(ImportError):
         # Inductor's progress bar makes a lock that outlives a killed worker, and the program is told of a leak.
@@ -145,15 +145,14 @@ def _leave(name: str, text: str) -> None:
 def _probe_cpu() -> None:
     # Which vector instructions there are, Inductor finds out with about ten runs of the C++ compiler, the first
     # time on a machine. They overlap with the tracing of the first graph if they begin now.
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
     from ...artifacts import folders
+    from ...internals import inductor
 
     # No compiler, or a full disk, or a cache that is not to be used: the compile itself will say so.
     with contextlib.suppress(Exception):
         directory = os.environ.setdefault(folders.INDUCTOR, folders.default_cache())
         folders.check(directory)
-        pick_vec_isa()
+        inductor.find_vector_instructions()
 
 
 def _end_with(parent: int) -> None:
