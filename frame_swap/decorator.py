@@ -91,14 +91,14 @@ def opt_in(
     def apply(target: Any) -> Any:
         module = target if isinstance(target, torch.nn.Module) else None
         if module is not None or (isinstance(target, type) and issubclass(target, torch.nn.Module)):
-            # `Module.__call__` prefers `_compiled_call_impl`. On the class it becomes a method of all instances.
-            plain = target._call_impl
+            plain = eval_frame.module_call(target)
             call = eval_frame.traceable(plain, target.forward)
             # If Dynamo has to be led into the call, it adds no guard against hooks on the module.
-            hooked = torch.nn.Module._call_impl if call is not plain else None
-            target._compiled_call_impl = dispatch.module_dispatcher(
+            hooked = eval_frame.module_call(torch.nn.Module) if call is not plain else None
+            replacement = dispatch.module_dispatcher(
                 compiled(call), module, static_module=static_module, hooked=hooked
             )
+            eval_frame.replace_module_call(target, replacement)
             return target
         if not callable(target) or isinstance(target, type):
             raise TypeError(f"opt_in takes an nn.Module class, a module or a function, not {target!r}")

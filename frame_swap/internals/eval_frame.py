@@ -36,7 +36,9 @@ __all__ = [
     "backend_of",
     "compiled_callable",
     "guards_elsewhere",
+    "module_call",
     "only_calls_forward",
+    "replace_module_call",
     "stand_in",
     "traceable",
     "undisturbed",
@@ -101,6 +103,16 @@ def undisturbed() -> bool:
 def watched_by_mode() -> bool:
     """Whether a dispatch mode is active on this thread and sees the operators of a call."""
     return bool(_len_torch_dispatch_stack())
+
+
+def module_call(target: torch.nn.Module | type[torch.nn.Module]) -> Any:
+    """The call of a module, or of a class's instances, that runs hooks and `forward` uncompiled."""
+    return target._call_impl
+
+
+def replace_module_call(target: torch.nn.Module | type[torch.nn.Module], call: Callable[..., Any]) -> None:
+    """Make `Module.__call__` call `call` instead; set on a class, `call` becomes a method of all instances."""
+    target._compiled_call_impl = call
 
 
 def only_calls_forward(module: torch.nn.Module) -> bool:
