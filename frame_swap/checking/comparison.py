@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..internals import eager
+from ..internals import dynamo, eager
 from .arguments import Arguments, wider
 
 Call = Callable[..., Any]
@@ -246,7 +246,7 @@ def makes_uninitialised(graph: torch.nn.Module) -> bool:
 
 def copy_of_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """A copy of `gm`; tracing the pair will change the original."""
-    graph = torch.fx.Graph(tracer_cls=eager.tracer_class(gm.graph))
+    graph = torch.fx.Graph(tracer_cls=dynamo.tracer_class(gm))
     graph.output(graph.graph_copy(gm.graph, {}))
     return torch.fx.GraphModule(gm, graph)
 

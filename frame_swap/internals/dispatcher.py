@@ -150,11 +150,11 @@ Namespaces: Any = type(torch.ops)
 """The class of `torch.ops`."""
 
 Namespace: Any = type(torch.ops.aten)
-"""The class of `torch.ops.aten` and its like."""
+"""The class of `torch.ops.aten` and of all other namespaces."""
 
 
 class CustomOpParts(NamedTuple):
-    """What `torch.library.custom_op` and the methods of its result were given."""
+    """The arguments of `torch.library.custom_op` and of the methods of its result."""
 
     schema: str
     tags: tuple[torch.Tag, ...]
@@ -168,7 +168,7 @@ class CustomOpParts(NamedTuple):
 
 
 def parts(definition: Any) -> CustomOpParts:
-    """The parts of what `custom_op_def` returns."""
+    """The parts of `definition`, which `custom_op_def` returned."""
     return CustomOpParts(
         definition._schema,
         tuple(definition._tags),
@@ -189,7 +189,7 @@ def operator_of(definition: Any) -> OpOverload:
 
 
 def name_of(operator: OpOverload) -> str:
-    """The name: "namespace::operator", with ".overload" where it has one."""
+    """The operator's name: "namespace::operator", then ".overload" if it has one."""
     return str(operator._name)
 
 
@@ -211,5 +211,5 @@ def changed_arguments(schema: str) -> list[str]:
 
 
 def remove(library: Any) -> None:
-    """Take back all that a `torch.library.Library` has registered."""
+    """Undo all registrations of a `torch.library.Library`."""
     library._destroy()

@@ -122,18 +122,19 @@ GLOBAL_FOR_TORCH = "__import_torch"
 """The prefix of the globals in which Dynamo's code finds modules of torch."""
 
 
-def tracer_class(gm: torch.fx.GraphModule) -> Any:
-    """The class of the tracer that made `gm`, or None."""
-    return getattr(gm.graph, "_tracer_cls", None)
+def tracer_class(gm: torch.fx.GraphModule) -> type[torch.fx.Tracer] | None:
+    """The class of the tracer that made the graph of `gm`, to be passed on to a copy; None if it is not known."""
+    tracer: type[torch.fx.Tracer] | None = getattr(gm.graph, "_tracer_cls", None)
+    return tracer
 
 
 def wraps_numpy(target: object) -> bool:
-    """Whether a graph node's target is Dynamo's wrapper of a function or method of NumPy's."""
+    """Whether `target`, of a graph's node, is Dynamo's wrapper for a function or method of NumPy."""
     return type(target).__module__ == "torch._dynamo.utils"
 
 
 def mark_as_captured(gm: torch.fx.GraphModule) -> None:
-    """Mark a graph as Dynamo's: AOTAutograd takes any other for a stranger's, and no input for static."""
+    """Mark `gm` as captured by Dynamo. AOTAutograd treats no input of another graph as static."""
     gm.meta["dynamo_compile_id"] = None
     gm._param_name_to_source = {}  # type: ignore[assignment]
     for node in gm.graph.find_nodes(op="placeholder"):

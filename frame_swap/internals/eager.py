@@ -50,7 +50,6 @@ __all__ = [
     "set_view_replay_enabled",
     "storage_id",
     "thread_local",
-    "tracer_class",
     "unsafe_view",
 ]
 
@@ -81,12 +80,6 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
 def storage_id(storage: torch.UntypedStorage) -> int:
     """A number that identifies the storage among those that are alive."""
     return int(storage._cdata)
-
-
-def tracer_class(graph: torch.fx.Graph) -> type[torch.fx.Tracer] | None:
-    """The class of the tracer that made `graph`, to be passed on to a copy of the graph."""
-    tracer: type[torch.fx.Tracer] | None = getattr(graph, "_tracer_cls", None)
-    return tracer
 
 
 def library_file() -> str:

@@ -112,7 +112,7 @@ def described_number(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> t
 
 
 class _Sorted:
-    """Pickles as a set does, with its items in an order that does not depend on their hashes."""
+    """Pickles as a set, with its items in an order that does not depend on their hashes."""
 
     def __init__(self, items: set[Any] | frozenset[Any]) -> None:
         self._items = items

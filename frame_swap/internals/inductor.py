@@ -71,7 +71,7 @@ def changed_configs() -> dict[str, dict[str, Any]]:
 
 
 def _is_back(config: Any, name: str, value: Any) -> bool:
-    """Whether a setting has the value that it has in each process where nobody changes it."""
+    """Whether a setting has its default again, the same in all processes: no variable or service sets another."""
     entry = config._config[name]
     variables = (entry.env_value_default, entry.env_value_force)
     if entry.justknob is not None or any(variable is not _UNSET for variable in variables):
@@ -205,7 +205,7 @@ def loading_options() -> dict[str, Any]:
 
 
 def is_compiled_graph(value: Any) -> bool:
-    """Whether this is Inductor's object for one compiled direction."""
+    """Whether `value` is Inductor's object for one compiled direction."""
     from torch._inductor.output_code import CompiledFxGraph
 
     return isinstance(value, CompiledFxGraph)
@@ -250,7 +250,7 @@ def cpp_library_file(library: Any) -> str:
 
 @contextlib.contextmanager
 def serialisable() -> Iterator[None]:
-    """Within the block, what `stock_inductor` returns can be serialised: Inductor's caches have what that takes."""
+    """Within the block, `stock_inductor` returns callables that can be serialised, by way of Inductor's caches."""
     with (
         inductor_config.patch(force_disable_caches=False),
         functorch_config.patch(
@@ -266,7 +266,7 @@ def serialisable() -> Iterator[None]:
 
 
 def forget_written_files() -> None:
-    """Have Inductor write its files anew, as it must in another cache folder."""
+    """Make Inductor write its files again, since the cache folder has changed."""
     from torch._inductor.utils import clear_caches
 
     clear_caches()
@@ -278,7 +278,7 @@ def metrics() -> Any:
 
 
 def is_scheduler_node(value: Any) -> bool:
-    """Whether this is a node of Inductor's scheduler, which leads to the whole graph."""
+    """Whether `value` is a node of Inductor's scheduler, which refers to the whole graph."""
     from torch._inductor.scheduler import BaseSchedulerNode
 
     return isinstance(value, BaseSchedulerNode)

@@ -98,6 +98,13 @@ class _Names(ast.NodeVisitor):
             and (node.func.id, len(node.args)) in (("hasattr", 2), ("getattr", 3))
             and isinstance(node.args[1], ast.Constant)
         }
+        self._constants = {
+            node.targets[0].id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and isinstance(node.value, ast.Constant)
+        }
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
@@ -115,8 +122,11 @@ class _Names(ast.NodeVisitor):
             self._bind(alias.asname or alias.name, module, alias.name)
 
     def visit_Call(self, node: ast.Call) -> None:
-        if ast.unparse(node.func) == "importlib.import_module" and isinstance(node.args[0], ast.Constant):
-            self._module(str(node.args[0].value))
+        if ast.unparse(node.func) == "importlib.import_module":
+            name = node.args[0]
+            module = name.value if isinstance(name, ast.Constant) else self._constants.get(ast.unparse(name))
+            if _of_torch(str(module)):
+                self._module(str(module))
         self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:

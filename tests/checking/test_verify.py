@@ -24,6 +24,8 @@ import frame_swap
 from frame_swap import FrameSwapWarning, Region, State, errors
 from frame_swap.checking import repro
 from frame_swap.checking.arguments import Arguments
+from frame_swap.shipping.parcel import Parcel
+from frame_swap.shipping.process_state import ProcessState
 
 Function = Callable[..., Any]
 
@@ -326,7 +328,8 @@ def test_late_guards_each_artifact_is_verified() -> None:
 
 
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
-    folder = repro.write(str(tmp_path), b"no parcel", {}, [torch.rand(3)], "for the test")
+    parcel = Parcel(b"no content", b"no envelope", ProcessState.capture(set()))
+    folder = repro.write(str(tmp_path), parcel, {}, [torch.rand(3)], "for the test")
     folder.chmod(0o770)
     empty = tmp_path / "empty"
     empty.mkdir(mode=0o700)
