@@ -43,6 +43,15 @@ def test_links_lead_to_a_file_and_a_heading(document: Path) -> None:
             assert anchor in _anchors(file.read_text()), f"{target}: no such heading"
 
 
+def test_modules_that_are_named_exist(document: Path) -> None:
+    for name in re.findall(r"`((?:\w+/)+\w+(?:\.py)?)`", document.read_text()):
+        top = name.partition("/")[0]
+        if top in ("tests", "frame_swap", "benchmarks", "docs"):
+            assert (ROOT / name).exists(), f"{name}: not there"
+        elif (ROOT / "frame_swap" / top).is_dir():
+            assert (ROOT / "frame_swap" / name).exists(), f"{name}: not there"
+
+
 def test_modules_that_are_run_exist(document: Path) -> None:
     for words in _commands(document.read_text()):
         match words:
