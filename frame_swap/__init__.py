@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import frame_swap_backend
+    from .control import report, swap, wait
     from .decorator import opt_in
     from .errors import FrameSwapWarning
-    from .region import Region, State
-    from .reporting import Report, report, swap, wait
+    from .region import Compile, Region, Report, State
     from .settings import configure
 
 __all__ = [
+    "Compile",
     "FrameSwapWarning",
     "Region",
     "Report",
@@ -30,16 +31,17 @@ __all__ = [
 ]
 
 _HOME = {
+    "Compile": "region",
     "FrameSwapWarning": "errors",
     "Region": "region",
-    "Report": "reporting",
+    "Report": "region",
     "State": "region",
     "configure": "settings",
     "frame_swap_backend": "backend",
     "opt_in": "decorator",
-    "report": "reporting",
-    "swap": "reporting",
-    "wait": "reporting",
+    "report": "control",
+    "swap": "control",
+    "wait": "control",
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from helpers import DEVICE
 
 from frame_swap import errors, region, settings
+from frame_swap.region import attempt, record
 
 SUBSETS = {"--quick": {"quick"}, "--fast": {"quick", "fast"}}
 """Options that select tests by their marks."""
@@ -45,12 +46,12 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for variable in ("DISABLE", *(field.name.upper() for field in dataclasses.fields(settings.Settings))):
         monkeypatch.delenv(f"FRAME_SWAP_{variable}", raising=False)
     settings._current = None
+    monkeypatch.setenv(attempt.STRICT, "1")
     torch._dynamo.reset()
-    with region._changed:
-        region._regions.clear()
+    record.forget_all()
     torch.manual_seed(0)
     yield
-    for one in region.regions():
+    for one in region.records():
         one.abandon("the test is over")
     settings._current = None
 

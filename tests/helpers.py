@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 import frame_swap
-from frame_swap import Region, State
+from frame_swap import State
+from frame_swap.region import Record, Report, records
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """The device of tests that do not choose one."""
@@ -147,21 +148,27 @@ def is_direct(call: Callable[[], Any]) -> bool:
     return not any(name.endswith(".compile_wrapper") for name in called(call))
 
 
+def live(report: Report) -> list[Record]:
+    """The live records of the regions in `report`: unlike its rows, they go on changing."""
+    assert len(report.regions) == len(records())
+    return records()
+
+
 def wait_for_all() -> None:
     """Wait until compiled code is loaded for each graph; the pair still serves, since `when` is "manual"."""
-    regions = frame_swap.wait().regions
+    regions = live(frame_swap.wait())
     assert {r.state for r in regions} == {State.READY}, frame_swap.report()
 
 
-def swap_all() -> list[Region]:
+def swap_all() -> list[Record]:
     """Install all compiled code; assert that nothing is left out, and return the regions."""
-    regions = frame_swap.swap().regions
+    regions = live(frame_swap.swap())
     for region in regions:
         assert (region.state, region.reason) == (State.INSTALLED, ""), frame_swap.report()
     return regions
 
 
-def through_swap(*makes: Make, device: str, wrap: Wrap = with_frame_swap) -> list[Region]:
+def through_swap(*makes: Make, device: str, wrap: Wrap = with_frame_swap) -> list[Record]:
     """Compare eager and compiled twins while the pair serves, when compiled code is ready, and after the swap.
 
     Returns the regions, at least one; compiled code is installed for each.
@@ -179,7 +186,7 @@ def through_swap(*makes: Make, device: str, wrap: Wrap = with_frame_swap) -> lis
     for each in twins:
         each.check("after")
         each.check("long after")
-    assert frame_swap.report().regions == regions, "the swap made Dynamo compile again"
+    assert records() == regions, "the swap made Dynamo compile again"
     assert [r.pair_calls for r in regions] == pair_calls, "a pair was called after the swap"
     return regions
 

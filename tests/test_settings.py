@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import live
 
 import frame_swap
-from frame_swap import FrameSwapWarning, State, backend, settings
+from frame_swap import FrameSwapWarning, State, delivery, settings
 
 pytestmark = pytest.mark.quick
 
@@ -133,8 +134,8 @@ def test_an_unknown_mode_or_option_is_an_error_that_names_the_nearest(
 
 def test_mode_and_options_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     parcels = []
-    submit = backend.service.submit
-    monkeypatch.setattr(backend.service, "submit", lambda parcel, *a: parcels.append(parcel) or submit(parcel, *a))
+    submit = delivery.service.submit
+    monkeypatch.setattr(delivery.service, "submit", lambda parcel, *a: parcels.append(parcel) or submit(parcel, *a))
     torch.compile(lambda x: x.sin() + 2, backend="frame_swap", mode="max-autotune-no-cudagraphs", options=None)(
         torch.randn(3)
     )
@@ -177,7 +178,7 @@ def test_a_dead_executor_fails_the_region_and_says_what_to_do() -> None:
     x = torch.randn(3)
     with pytest.warns(FrameSwapWarning, match=r"ThreadPoolExecutor.*configure\(executor=None\)"):
         torch.testing.assert_close(torch.compile(lambda x: x.sin() + 8, backend="frame_swap")(x), x.sin() + 8)
-        (region,) = frame_swap.wait().regions
+        (region,) = live(frame_swap.wait())
     assert region.state is State.FAILED
 
 
@@ -187,7 +188,7 @@ def test_any_executor_of_processes_will_do() -> None:
         x = torch.randn(3)
         compiled = torch.compile(lambda x: x.sin() + 9, backend="frame_swap")
         compiled(x)
-        (region,) = frame_swap.wait().regions
+        (region,) = live(frame_swap.wait())
         assert region.worker_pid in executor._processes
     assert region.state is State.INSTALLED
     torch.testing.assert_close(compiled(x), x.sin() + 9)
@@ -200,6 +201,7 @@ def test_the_report_is_a_table_and_json() -> None:
     (row,) = json.loads(json.dumps(report.as_dict()))["regions"]
     columns = "frame compile_id state reason pair_calls ship_s queue_s compile_s load_s install_s"
     columns += " artifact_bytes late_guards artifacts wrappers verified profit worker_pid"
+    columns += " compile_span installed_at compiles"
     assert set(row) == set(columns.split())
     assert row["state"] == "installed"
     assert row["compile_s"] > 0

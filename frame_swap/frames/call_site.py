@@ -1,27 +1,28 @@
-"""Where a frame calls its graph: found by a Dynamo bytecode hook, redirected when compiled code is in.
+"""The place in a frame where it calls its graph: found by a Dynamo bytecode hook, redirected to compiled code.
 
-Dynamo's generated code calls the graph through a global, `__compiled_fn_*`, behind a wrapper that keeps Dynamo
-out. The hook puts the callee there as a constant; later the cache entry gets a code object with another one.
+Dynamo's generated code calls the graph through a global, `__compiled_fn_*`, behind a wrapper that keeps Dynamo out.
+The hook keeps that code with a placeholder in place of the callee. Every code object that the frame runs is made
+from it afresh: with the trampoline at first, with compiled code later.
 
 Guarantees:
 - A site is bound at most once, under Dynamo's compile lock, before its code object first runs.
-- `redirect` and `bind` may run on different threads; a redirect of a site that is not bound, or whose code is
-  gone, raises `FrameGone` and changes nothing.
-- A redirect that was interrupted may be done again with the same code object, and ends as if it had not been.
-- Frames already running the old code object finish in it.
-- `restore` leaves nothing behind that calls what `redirect` has put in place.
+- `rewrite` may run on any thread. `redirect` of a site that is not bound, or whose code is gone, raises `FrameGone`
+  and changes nothing.
+- A redirect that was interrupted may be done again with the same rewrite, and ends as if it had not been.
+- A rewrite made before another graph of the same frame was redirected is made again: neither undoes the other.
+- Frames that already run the old code object finish in it.
+- A frame redirected to nothing calls what it called at first; nothing of what it called in between remains in it.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
-from types import CodeType, MethodType
-from typing import Any, Protocol
+from collections.abc import Sequence
+from types import CodeType
+from typing import Any, NamedTuple, Protocol
 
-from ..codegen import rewriting
-from ..codegen.rewriting import Condition
+from ..codegen.calls import Target, call_constants, direct_calls
 from ..errors import FrameGone, Indirect
 from ..internals import dynamo
 from . import cache_entry, dispatch
@@ -32,11 +33,54 @@ class Callee(Protocol):
 
     def __call__(self, *args: Any) -> Any: ...
 
-    def boxed(self, args: list[Any]) -> Any:
-        """The same, with the arguments in one list."""
+    def recover(self, error: Exception, /, *args: Any) -> Any:
+        """What the frame's call returns after compiled code, called with `args`, has raised `error`."""
 
-    def answer(self, error: Exception, /, *args: Any) -> Any:
-        """What the frame's call returns where compiled code, called with `args`, has raised `error`."""
+
+class Calls(NamedTuple):
+    """What a site calls.
+
+    Attributes:
+        targets: in order; the first whose condition holds is called. The callee is called where none does.
+        recovers: whether the callee is asked where a target raises.
+        keeps_callee: whether the frame keeps the callee alive even where nothing calls it.
+    """
+
+    targets: Sequence[Target] = ()
+    recovers: bool = False
+    keeps_callee: bool = False
+
+
+class Rewrite(NamedTuple):
+    """A code object for a frame in which one site makes other calls."""
+
+    calls: Calls
+    code: CodeType
+    version: int
+
+
+class _Frame:
+    """The code of one frame, shared by its sites.
+
+    Attributes:
+        original: the user's code object, held weakly.
+        current, next: the one in the cache entry, and the one that a redirect puts there; held weakly.
+        version: counts what was put there.
+    """
+
+    def __init__(self, original: CodeType, base: CodeType, sites: Sequence[CallSite]) -> None:
+        self.original = weakref.ref(original)
+        self._base = base
+        self._sites = [weakref.ref(site) for site in sites]
+        self.version = 0
+        self.current = self.next = weakref.ref(base)
+
+    def code(self, site: CallSite | None = None, calls: Calls | None = None) -> CodeType:
+        """The frame's code, with `calls` for `site`, and for its other sites what they call now."""
+        code = self._base
+        for other in filter(None, (ref() for ref in self._sites)):
+            code = other.applied(code, calls if other is site and calls is not None else other.calls)
+        return code
 
 
 class CallSite:
@@ -45,8 +89,8 @@ class CallSite:
     Args:
         name: the global that Dynamo's code calls, `__compiled_fn_*`.
         scope: the frame's globals.
-        callee: what to call there for now, a `Callee`, which Dynamo is told not to trace. Held weakly: the code
-            object keeps it alive.
+        callee: what to call there for now; Dynamo is told not to trace it. Held weakly: the code object keeps it
+            alive.
         whole: whether the frame does nothing else that Dynamo would capture.
     """
 
@@ -55,118 +99,82 @@ class CallSite:
         self._scope = scope
         self._callee = weakref.ref(callee)
         self._whole = whole
-        self._in_place: list[Callable[..., Any]] = []  # what rewritten code calls
-        self._in_place_boxed: list[Callable[..., Any]] = []  # with one list
-        self._original: weakref.ref[CodeType] | None = None
-        self._generated: weakref.ref[CodeType] | None = None
+        self._frame: _Frame | None = None
+        self.calls = Calls()
         _expected[name] = self
-        for method in (type(callee).__call__, type(callee).boxed, type(callee).answer, _raise):
+        for method in (type(callee).__call__, type(callee).recover):
             dynamo.skip_frames(method.__code__)
-        _install_hook()
+        _register_hook()
 
-    def rewritten(
-        self,
-        callee: Any,
-        condition: Condition | None = None,
-        boxed: Callable[[list[Any]], Any] | None = None,
-        *,
-        answered: bool = False,
-    ) -> CodeType:
-        """The frame's code, calling `callee` instead, or only where `condition` holds.
+    @property
+    def placeholder(self) -> str:
+        """The constant that stands for the callee in the frame's code; no identifier looks so."""
+        return f"frame-swap: {self._name}"
 
-        Takes milliseconds; any thread may do it.
-
-        Args:
-            boxed: `callee` for a call with all arguments in one list, where that is cheaper.
-            answered: whether what was called until now answers where `callee` raises.
+    def rewrite(self, calls: Calls) -> Rewrite:
+        """The frame's code with `calls` made at this site. Takes milliseconds; any thread may do it.
 
         Raises:
-            FrameGone, Indirect.
+            FrameGone: nobody runs the frame's code any more.
+            Indirect: the frame does not call its graph in Dynamo's way.
         """
-        _, generated = self._codes()
-        usual = self._callee()
-        if usual is None:
-            raise FrameGone
-        there_already = any(_is_method(constant, usual.answer) for constant in generated.co_consts)
-        answer = usual.answer if answered and not there_already else None
-        self._in_place.append(callee)
-        if boxed is not None:
-            self._in_place_boxed.append(boxed)
-        if condition is None:
-            return rewriting.call_instead(generated, usual, callee, boxed, answer)
-        return rewriting.call_if(generated, condition, usual, callee, answer)
+        frame = self._bound()
+        version = frame.version
+        return Rewrite(calls, frame.code(self, calls), version)
 
-    def redirect(self, code: CodeType) -> None:
-        """Put `code`, from `rewritten`, in place of what is there. The caller holds Dynamo's compile lock.
+    def redirect(self, rewrite: Rewrite) -> None:
+        """Put a rewrite in place. The caller holds Dynamo's compile lock.
 
         Raises:
             FrameGone, UnknownLayout: nothing has changed.
         """
-        original = self._original() if self._original is not None else None
-        generated = self._generated() if self._generated is not None else None
-        entry = cache_entry.find(original, generated, code) if original is not None else None
-        if original is None or entry is None:
+        frame = self._frame
+        original = frame.original() if frame is not None else None
+        if frame is None or original is None:
+            raise FrameGone
+        code = rewrite.code if rewrite.version == frame.version else frame.code(self, rewrite.calls)
+        entry = cache_entry.find(original, frame.current(), frame.next(), code)
+        if entry is None:
             raise FrameGone
         if entry.code is not code:
+            frame.next = weakref.ref(code)
             cache_entry.replace_code(entry, code)
         if self._whole:
             dispatch.entry_rewritten(original, entry, code)
-        self._generated = weakref.ref(code)
-
-    def restore(self) -> None:
-        """Have the frame call what it called at first, for good.
-
-        Raises:
-            FrameGone, UnknownLayout: nothing has changed.
-        """
-        _, generated = self._codes()
-        usual = self._callee()
-        if usual is None:
-            raise FrameGone
-
-        def usual_for(constant: object) -> object:
-            if _is_method(constant, usual.answer):
-                return _raise
-            if any(constant is boxed for boxed in self._in_place_boxed):
-                return usual.boxed
-            return usual if any(constant is callee for callee in self._in_place) else constant
-
-        self.redirect(generated.replace(co_consts=tuple(map(usual_for, generated.co_consts))))
-        self._in_place, self._in_place_boxed = [], []
+        frame.current = weakref.ref(code)
+        self.calls = rewrite.calls
+        frame.version += 1
 
     def rebind(self, callee: Any) -> None:
         """Point the global at `callee`: frees what it held, and serves code that calls it by name."""
         if self._name in self._scope:
             self._scope[self._name] = callee
 
-    def _codes(self) -> tuple[CodeType, CodeType]:
-        if self._original is None or self._generated is None:
-            raise Indirect("its frame calls it through a wrapper")
-        original, generated = self._original(), self._generated()
-        if original is None or generated is None:
+    def applied(self, code: CodeType, calls: Calls) -> CodeType:
+        """`code` with `calls` in place of the placeholder."""
+        callee = self._callee()
+        if callee is None and (calls.recovers or all(target.condition for target in calls.targets)):
             raise FrameGone
-        return original, generated
+        recover = callee.recover if callee is not None and calls.recovers else None
+        keep = callee if calls.keeps_callee else None
+        return direct_calls(code, self.placeholder, callee, calls.targets, recover, keep)
 
-    def _bind(self, original: CodeType, generated: CodeType) -> None:
-        self._original, self._generated = weakref.ref(original), weakref.ref(generated)
+    def _bound(self) -> _Frame:
+        if self._frame is None:
+            raise Indirect("its frame calls it through a wrapper")
+        if self._frame.original() is None or self._frame.current() is None:
+            raise FrameGone
+        return self._frame
 
-    def _is_direct(self) -> bool:
+    def bind(self, frame: _Frame) -> None:
+        """`frame` calls the graph here."""
+        self._frame = frame
+
+    def holds_callee(self) -> bool:
         """Whether the global holds our callee, behind nothing but Dynamo's own `disable`."""
         held = self._scope.get(self._name)
         callee = self._callee()
         return callee is not None and dynamo.without_disable(held) is callee
-
-
-def _is_method(constant: object, method: Callable[..., Any]) -> bool:
-    return isinstance(constant, MethodType) and constant == method  # others, such as tensors, compare in own ways
-
-
-def _raise(error: Exception, /, *args: Any) -> Any:
-    """In place of an answer, where what answered is what raises."""
-    try:
-        raise error
-    finally:
-        del error  # whose traceback leads to this frame
 
 
 # Sites whose code Dynamo is still generating, by the name that it will call.
@@ -174,16 +182,19 @@ _expected: weakref.WeakValueDictionary[str, CallSite] = weakref.WeakValueDiction
 
 
 @functools.cache
-def _install_hook() -> None:
+def _register_hook() -> None:
     dynamo.register_bytecode_hook(_on_generated_code)
 
 
 def _on_generated_code(code: CodeType, new_code: CodeType) -> CodeType | None:
     named = {name: site for name in new_code.co_names if (site := _expected.pop(name, None)) is not None}
-    sites = {name: site for name, site in named.items() if site._is_direct()}
+    sites = {name: site for name, site in named.items() if site.holds_callee()}
     if not sites:
         return None
-    trampolining = rewriting.call_constants(new_code, {name: site._callee() for name, site in sites.items()})
+    base = call_constants(new_code, {name: site.placeholder for name, site in sites.items()})
+    frame = _Frame(code, base, list(sites.values()))
     for site in sites.values():
-        site._bind(code, trampolining)
-    return trampolining
+        site.bind(frame)
+    first = frame.code()
+    frame.current = weakref.ref(first)
+    return first

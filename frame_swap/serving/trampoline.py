@@ -1,25 +1,23 @@
-"""What serves a region's calls: the pair until compiled code is installed, and again where that fails.
+"""What a frame calls until compiled code is in, and afterwards where no code fits the call or where code raises.
 
 Guarantees:
-- A call through a trampoline is served: by the pair until compiled code is installed, by compiled code that
-  fits it then, and by the pair again where none fits. It never waits, and raises only what the graph itself
-  raises.
-- A call whose compiled code raises is answered by the pair, whichever way compiled code was called, unless it has
-  changed something by then. Then the frame is the pair's for good, with one warning; calls that were under way in
-  compiled code on other threads end there, or are answered too. Where the pair raises as well, its error is the
-  caller's, and nothing else happens. What is no `Exception`, `torch.OutOfMemoryError`, and what comes up while a
-  dispatch mode or hooks on saved tensors are active, passes as it is.
-- Compiled code on trial serves, if at all, one call at a time; other calls are the pair's meanwhile. A trial ends
-  with the call that decides it, on that call's thread: with compiled code installed, the next trial, or REJECTED.
-- Compiled code is installed once, by the first thread to arrive; others go on with the pair meanwhile. More of
-  it, for calls that the first does not fit, is asked for one at a time.
-- It is installed under Dynamo's compile lock: nothing else changes the frame's cache meanwhile, and no fork comes
-  in between. A call that finds the lock taken, by a capture, a reset or a load in another thread, leaves installing
-  to a later call; so it does with the way back to the pair, and calls whose compiled code raises are answered one
-  by one until then.
+- A call through a trampoline is served: by eager code until compiled code is installed, by compiled code that fits
+  it then, and by eager code again where none fits. It never waits, and raises only what the graph itself raises.
+- A call whose compiled code raises is made again on eager code, however compiled code was called, unless it may
+  have changed something by then. From then on the frame is on eager code for good, with one warning; calls under
+  way in compiled code on other threads end there, or are made again too. Where eager code raises as well, that
+  error is the caller's, and nothing else happens. An error that is no `Exception`, `torch.OutOfMemoryError`, and an
+  error that comes up while a dispatch mode or hooks on saved tensors are active pass as they are.
+- Code on trial serves, if at all, one call at a time; other calls are served as if there was none. A trial ends
+  with the call that decides it, on that call's thread: with the code installed, in the next trial, or rejected.
+- Each offer is installed once, in the order of arrival, by the first thread that comes by; others go on meanwhile.
+- Code is installed under Dynamo's compile lock: nothing else changes the frame's cache meanwhile, and no fork comes
+  in between. A call that finds the lock taken, by a capture, a reset or a load in another thread, leaves the
+  install to a later call. It does the same with the way back to eager code; until then, each call whose compiled
+  code raises is made again.
 - An interrupt (`KeyboardInterrupt`) is raised when the install that it came into is done. No lock stays taken.
-- Rewritten code names a trampoline only where an error is to be answered. When the code object that names it
-  goes, the trampoline goes, and with it pair, compiled code and the job.
+- Rewritten code names a trampoline only where a call may have to be made again, or while more code is awaited. When
+  the code object that names it goes, the trampoline goes, and with it eager code, compiled code and jobs.
 - A forked child goes on with what is installed or loaded.
 """
 
@@ -28,6 +26,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
@@ -35,222 +34,232 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import settings
-from ..artifacts.compiled import Compiled, is_repeatable
+from ..artifacts.compiled import is_repeatable
 from ..checking.trial import Sides, Trial
-from ..codegen.rewriting import Condition, predicate
+from ..codegen.calls import Target
 from ..errors import FrameGone, Indirect, UnknownLayout, first_line
-from ..frames.call_site import CallSite
+from ..frames.call_site import Calls, CallSite, Rewrite
 from ..internals import aot, dynamo
-from ..region import SETTLED, Region, State
+from ..late_guards.specialiser import Specialiser
+from ..region import Event, Purpose, Record, State
+from ..runtime import locks
+from .plan import Offer, Plan, Served, planned
 
 log = logging.getLogger(__name__)
 
+_A_CHECK_REMAINS = "a check remains on each call"
 
-class Offer(NamedTuple):
-    """Compiled code, loaded.
+
+class _Prepared(NamedTuple):
+    """What installing an offer puts in place, made ahead of it.
 
     Attributes:
-        compiled: the code.
-        condition: what must hold of a call's inputs for calling it; None where it fits all.
-        install: puts it in place, on a user's thread; returns a remark for the report, or "".
-        trials: what it has to pass before that, in order.
+        offer: which offer.
+        before, after: what serves calls before and after.
+        rewrite: for the frame; None where it cannot be rewritten.
+        remark: why not.
     """
 
-    compiled: Compiled
-    condition: Condition | None
-    install: Callable[[], str]
-    trials: tuple[Trial, ...] = ()
-
-
-class _Served(NamedTuple):
-    """Compiled code in place or on trial, and the calls that it fits."""
-
-    compiled: Compiled
-    fits: Callable[..., bool] | None  # None: all
-
-    def serves(self, args: Sequence[Any]) -> bool:
-        return self.fits is None or self.fits(*args)
+    offer: Offer
+    before: Plan
+    after: Plan
+    rewrite: Rewrite | None
+    remark: str
 
 
 class Trampoline:
-    """What a frame calls until compiled code is in; and after that, where no artifact fits the call, where
-    compiled code raises, or where the frame cannot be rewritten.
+    """Serves the calls of one region for as long as the frame does not call compiled code by itself.
 
     Args:
-        region: whose calls these are.
-        pair: the eager forward and backward.
+        record: the region.
+        eager: its eager code; takes the graph's inputs, and returns the tuple of its outputs.
         when: the setting of `frame_swap.configure` that holds for this graph.
 
     Attributes:
         site: where the frame calls this, None where no frame does.
-        specialiser: told of each call that no artifact fits; None while there is no late guard.
+        specialiser: told of each call that no compiled code fits; None while there is no late guard.
     """
 
-    def __init__(self, region: Region, pair: Callable[..., Any], when: settings.When) -> None:
-        self._region = region
-        self.pair: Callable[..., Any] = pair
+    def __init__(self, record: Record, eager: Callable[..., Any], when: settings.When) -> None:
+        self._record = record
+        self.eager = eager
         self.site: CallSite | None = None
         self.specialiser: Specialiser | None = None
-        self._served: tuple[_Served, ...] = ()
-        self._rejected = False
-        self._ready: Offer | None = None
-        self._on_trial: tuple[Offer, _Served] | None = None
+        self._plan: Plan = ()
+        self._offers: deque[Offer] = deque()  # the first is the next to be installed, or on trial
+        self._prepared: _Prepared | None = None
         self._trying = threading.Lock()
         self._when = when
-        self._attention = False
-        region.belongs_to(self)
+        record.served_by(self)
+
+    # Calls
 
     def __call__(self, *args: Any) -> Any:
-        if self._attention:
-            self.install()
-        served = None if self._rejected else self._served_for(args)
+        if self._offers:
+            if self._when != "manual":
+                self.install()
+            if (on_trial := self._on_trial(args)) is not None:
+                return self._call_on_trial(on_trial, args)
+        served = self._served_for(args)
         if served is not None:
-            return self._call_answered(served, args)
-        if self._on_trial is not None:
-            return self._call_on_trial(args)
+            return self._call_compiled(served, args)
         if (specialiser := self.specialiser) is not None:
             specialiser.ask(args)
-        return self._call_pair(args)
+        return self._call_eager(args)
 
-    def boxed(self, args: list[Any]) -> Any:
-        """The same, with the arguments in one list."""
-        return self(*args)
-
-    def answer(self, error: Exception, /, *args: Any) -> Any:
-        """What a call with `args` returns in which `error` was raised: by compiled code, or by the pair.
+    def recover(self, error: Exception, /, *args: Any) -> Any:
+        """What a call with `args` returns in which compiled code, or eager code, raised `error`.
 
         Random numbers that compiled code has drawn by then stay drawn.
 
         Raises:
-            error: where the pair is not to be asked.
+            error: where the call may not be made again.
         """
         try:
-            return self._answer(self._served_for(args), error, args)
+            return self._recover(next((s for s in self._plan if s.serves(args)), None), error, args)
         finally:
-            del error  # whose traceback leads to this frame, and to those that wait for it
+            del error  # its traceback leads to this frame, and to those that wait for it
 
-    def _call_answered(self, served: Compiled, args: Sequence[Any]) -> Any:
+    def _call_compiled(self, served: Served, args: Sequence[Any]) -> Any:
         try:
-            return served.call(*args)
+            return served.compiled.call(*args)
         except Exception as error:
             failure = error
         try:
-            return self._answer(served, failure, args)
+            return self._recover(served, failure, args)
         finally:
-            del failure  # as in `answer`
+            del failure  # as in `recover`
 
-    def _answer(self, served: Compiled | None, error: Exception, args: Sequence[Any]) -> Any:
+    def _recover(self, served: Served | None, error: Exception, args: Sequence[Any]) -> Any:
         try:
             if (
                 served is None
-                or not served.repeatable
+                or not served.compiled.repeatable
                 or not is_repeatable(error)
-                or isinstance(error, torch.OutOfMemoryError)  # the pair needs more; who catches it tries with less
+                or isinstance(error, torch.OutOfMemoryError)  # eager code needs more; the caller may try with less
                 or aot.runs_hooks()  # theirs, perhaps: activation checkpointing ends a recomputation so
             ):
                 raise error
-            log.info("frame-swap: compiled code of %s raised", self._region, exc_info=error)
+            log.info("frame-swap: compiled code of %s raised", self._record, exc_info=error)
             reason = f"its compiled code raised {first_line(error)}"
             error.__traceback__ = None  # it holds what the call had in memory
         finally:
-            del error  # as in `answer`
-        outputs = self._call_pair(args)
-        self.reject(reason)
+            del error  # as in `recover`
+        outputs = self._call_eager(args)
+        offer = next(iter(self._offers), None)
+        if offer is not None and offer.served is served and offer.replaces is not None:
+            self._reject_offer(offer, reason)
+        else:
+            self.reject(reason)
         return outputs
 
-    def _call_pair(self, args: Sequence[Any]) -> Any:
-        self._region.pair_calls += 1
-        return self.pair(*args)
+    def _call_eager(self, args: Sequence[Any]) -> Any:
+        self._record.pair_calls += 1
+        return self.eager(*args)
 
     def compiled_for(self, args: Sequence[Any]) -> Callable[..., Any] | None:
         """Compiled code that is in place and fits a call with the graph's inputs `args`."""
-        served = None if self._rejected else self._served_for(args)
-        return served and served.call
+        served = self._served_for(args)
+        return served and served.compiled.call
 
-    def _served_for(self, args: Sequence[Any]) -> Compiled | None:
-        return next((s.compiled for s in self._served if s.serves(args)), None)
+    def _served_for(self, args: Sequence[Any]) -> Served | None:
+        in_place = (served for served in self._plan if served.attempt.state is State.INSTALLED)
+        return next((served for served in in_place if served.serves(args)), None)
 
-    def _call_on_trial(self, args: Sequence[Any]) -> Any:
-        """Serve a call while compiled code is on trial: one call at a time is part of it, others are the pair's."""
+    # Trials
+
+    def _on_trial(self, args: Sequence[Any]) -> Offer | None:
+        """The offer on trial, if a call with `args` could be part of the trial."""
+        offer = next(iter(self._offers), None)
+        if offer is None or offer.attempt.state is not State.TRIAL or not offer.served.serves(args):
+            return None
+        served = self._served_for(args)
+        return offer if served is None or served.attempt is offer.replaces else None
+
+    def _call_on_trial(self, offer: Offer, args: Sequence[Any]) -> Any:
+        """Serve a call while compiled code is on trial: one at a time is part of it."""
+        current = self._served_for(args)
+
+        def call_current(*args: Any) -> Any:
+            return self._call_eager(args) if current is None else self._call_compiled(current, args)
+
         with ExitStack() as stack:
             if self._trying.acquire(blocking=False):
                 stack.callback(self._trying.release)
-                if self._on_trial is not None and self._on_trial[1].serves(args):
-                    offer, served = self._on_trial
+                if offer in self._offers and offer.attempt.state is State.TRIAL:
                     trial = offer.trials[0]
                     sides = Sides(
-                        lambda *args: self._call_pair(args),
-                        lambda *args: self._call_answered(served.compiled, args),
-                        self.pair,
-                        served.compiled.call,
+                        call_current,
+                        lambda *args: self._call_compiled(offer.served, args),
+                        self.eager,
+                        offer.served.compiled.call,
                     )
                     try:
                         return trial.call(sides, args)
                     finally:
-                        self._region.note(trial.findings.known())
+                        offer.attempt.verified = trial.findings.verified or 0
+                        offer.attempt.profit = trial.findings.profit or ""
                         if trial.verdict is not None:
                             self._end_trial(offer, trial)
-        return self._call_pair(args)
+        return call_current(*args)
 
     def _end_trial(self, offer: Offer, trial: Trial) -> None:
-        self._on_trial = None
-        if self._rejected:  # it has raised
+        if offer.attempt.state is not State.TRIAL:  # the code on trial has raised
             return
-        if trial.verdict:
+        if not trial.verdict:
+            remark = "; ".join(filter(None, [offer.remark, trial.remark]))
+            self._replace_first(offer, offer._replace(trials=offer.trials[1:], remark=remark))
+            offer.attempt.move(Event.PASSED)
+            self.install()
+        elif offer.replaces is None:
             self.reject(trial.verdict)
         else:
-            self._ready = offer._replace(trials=offer.trials[1:], install=_remarked(offer.install, trial.remark))
-            self.install()
+            self._reject_offer(offer, trial.verdict)
 
-    def reject(self, reason: str) -> None:
-        """Go back to the pair for good. Calls under way in compiled code may still be answered here."""
-        self._rejected, self._ready, self._attention, self.specialiser = True, None, False, None
-        self._on_trial = None
-        _under_compile_lock(self._restore)
-        self._region.reject(reason)
+    def _replace_first(self, offer: Offer, new: Offer) -> None:
+        if self._offers and self._offers[0] is offer:
+            self._offers[0] = new
 
-    def _restore(self) -> None:
-        if self.site is not None and self._served:
-            with suppress(FrameGone, Indirect, UnknownLayout):  # nobody calls it, or nothing was rewritten
-                self.site.restore()
+    # Offers
 
     @property
     def offered(self) -> bool:
         """Whether compiled code waits to be installed."""
-        return self._ready is not None
+        offer = next(iter(self._offers), None)
+        return offer is not None and offer.attempt.state is State.READY
+
+    def prepare(self, offer: Offer) -> None:
+        """Make the code that installing `offer` puts in place: on the loader thread, so that no call does it."""
+        self._prepared = self._prepare(offer)
 
     def offer(self, offer: Offer) -> None:
         """Compiled code is loaded."""
-        if self._rejected:
-            self.specialiser = None
-            self._region.end_specialising()
-            return
-        self._ready = offer
-        self._attention = self._when != "manual"
-        # Who waits goes on with whichever is news, and may then ask for more: nothing may come after that.
-        self._region.end_specialising()
-        self._region.settle(State.READY, unless=SETTLED)
+        self._offers.append(offer)
+        # This wakes waiters, who may ask for more: keep it last.
+        if not offer.attempt.move(Event.LOADED):  # nobody wants it any more
+            self._drop(offer)
 
     def install(self, wait: bool = False) -> None:
-        """Install what was offered, if anything was. Where that fails, the pair stays.
+        """Install what was offered, if anything was. Where that fails, what serves calls stays.
 
         Args:
-            wait: until no other thread compiles or installs; else that leaves installing to a later call.
+            wait: until no other thread compiles or installs; otherwise leave that to a later call.
         """
-        taken = False
         try:
-            self._attention = False
-            taken = _under_compile_lock(self._install_to_the_end, wait)
+            while self.offered and locks.call_holding(dynamo.compile_lock, self._install_to_the_end, wait=wait):
+                pass
         except FrameGone:
-            self._ready = None
-            self._region.abandon()
+            self._withdraw()
+            self._record.abandon()
         except Exception as error:
-            self._ready = None
-            self._region.fail(f"installing failed: {type(error).__name__}: {error}")
-        finally:
-            # Set where it is offered, too: never lost.
-            if self._ready is not None and (self._when != "manual" or not taken):
-                self._attention = True
+            if self._offers:
+                reason = f"installing failed: {type(error).__name__}: {error}"
+                self._reject_offer(self._offers[0], reason, Event.FAILED)
+
+    def install_unless_manual(self) -> None:
+        """Do what the next call would do."""
+        if self._when != "manual":
+            self.install(wait=True)
 
     def _install_to_the_end(self) -> None:
         try:
@@ -262,107 +271,117 @@ class Trampoline:
             raise
 
     def _install(self) -> None:
-        offer = self._ready
-        if offer is None or self._rejected:
+        """Install the first offer, or begin its trial. Interrupted and done again, it comes to the same end."""
+        if not self._offers:
             return
-        if offer.trials:
-            self._on_trial = offer, _Served(offer.compiled, offer.condition and predicate(offer.condition))
-            self._region.settle(State.TRIAL, unless=(State.INSTALLED,))
+        offer = self._offers[0]
+        if offer.attempt.state not in (State.READY, State.TRIAL, State.INSTALLED):
+            self._drop(offer)
+        elif offer.trials:
+            if offer.replaces is not None:
+                self._lead_here(offer)
+            offer.attempt.move(Event.TRIED)
         else:
-            with self._region.timed("install_s"):
-                remark = offer.install()
-            self._serve(offer.compiled, offer.condition)
-            self._region.installed_at = time.time()
-            self._region.artifacts = len(self._served)
-            self._region.settle(State.INSTALLED, remark, unless=(State.REJECTED,))
-        self._ready = None  # not before: what an interrupt cuts short is done again, to the same end
+            start = time.perf_counter()
+            remark = self._put_in_place(offer)
+            if offer.attempt.state is not State.INSTALLED:
+                offer.attempt.install_s = time.perf_counter() - start
+                offer.attempt.installed_at = time.time()
+            offer.attempt.move(Event.INSTALLED, "; ".join(filter(None, [remark, offer.remark])))
+            self._drop(offer)  # not before: a call whose interrupt came earlier does it again
 
-    def install_unless_manual(self) -> None:
-        """What the next call would do."""
-        if self._when != "manual":
-            self.install(wait=True)
+    def _drop(self, offer: Offer) -> None:
+        with suppress(ValueError):
+            self._offers.remove(offer)
+        if self._prepared is not None and self._prepared.offer is offer:
+            self._prepared = None
 
-    def _serve(self, compiled: Compiled, condition: Condition | None) -> None:
-        """Compiled code is in place; calls that still arrive here get to it in this way."""
-        if all(served.compiled is not compiled for served in self._served):
-            self._served += (_Served(compiled, condition and predicate(condition)),)
-        if condition is None:
-            self.specialiser = None
-            if not any(served.compiled.repeatable for served in self._served):
-                self.pair = compiled.call  # whatever still holds this trampoline need not hold the pair
-        elif self.specialiser is not None:
-            self.specialiser.resume()
+    def _withdraw(self) -> None:
+        """Forget all offers. Prepared code leads back to this trampoline, past the garbage collector's sight."""
+        self._offers.clear()
+        self._prepared = None
 
-
-def _under_compile_lock(call: Callable[[], object], wait: bool = False) -> bool:
-    """Make `call` while holding Dynamo's compile lock. False where another thread has it, and nothing was called.
-
-    Args:
-        wait: for the lock.
-    """
-    taken: list[bool] = []
-    try:
-        # C code calls it and keeps the answer: no signal can come in between.
-        taken.extend(map(dynamo.compile_lock.acquire, (wait,)))
-        if taken[0]:
-            call()
-        return taken[0]
-    finally:
-        if taken and taken[0]:
-            dynamo.compile_lock.release()
-
-
-def _remarked(install: Callable[[], str], remark: str) -> Callable[[], str]:
-    return lambda: "; ".join(filter(None, [install(), remark]))
-
-
-class Specialiser:
-    """Asks for compiled code that fits a call which all there is turns away: one compile at a time, and no more
-    in all than the frame could have had recompiles.
-
-    Args:
-        region: whose calls these are.
-        sizes: what the symbols of the graph's shapes stand for in a call, by their names.
-        compile: begins a compile for such sizes.
-        limit: the most compiles.
-    """
-
-    def __init__(
-        self,
-        region: Region,
-        sizes: Callable[[Sequence[Any]], dict[str, int]],
-        compile: Callable[[dict[str, int]], object],
-        limit: int,
-    ) -> None:
-        self._region = region
-        self._sizes = sizes
-        self._compile = compile
-        self._left = limit
-        self._asked: list[dict[str, int]] = []
-        self._busy = threading.Lock()  # held from when a compile is asked for until its result is in place
-        self._busy.acquire()
-
-    def ask(self, args: Sequence[Any]) -> None:
-        """A call with the graph's inputs `args` was turned away."""
-        taken: list[bool] = []
+    def _prepare(self, offer: Offer) -> _Prepared:
+        before = self._plan
+        after = before
+        if all(served.attempt is not offer.attempt for served in before):
+            after = planned(before, offer)
         try:
-            taken.extend(map(self._busy.acquire, (False,)))  # as in `_under_compile_lock`
-            if not taken[0]:
-                return
-            sizes = self._sizes(args)
-            if sizes in self._asked or not self._left:
-                return
-            self._asked.append(sizes)
-            self._left -= 1
-            self._region.begin_specialising()
-            self._compile(sizes)
-            taken.clear()  # given back by `resume`
-        finally:
-            if taken and taken[0]:
-                self._region.end_specialising()
-                self._busy.release()  # last: another call may ask from then on
+            return _Prepared(offer, before, after, self._rewrite(after, self._more_than(offer)), "")
+        except Indirect as error:
+            return _Prepared(offer, before, after, None, f"{error}: {_A_CHECK_REMAINS}")
 
-    def resume(self) -> None:
-        """The artifact that was asked for is in place, or will not come."""
-        if self._busy.locked():  # else an interrupt came between asking and noting it
-            self._busy.release()
+    def _rewrite(self, plan: Plan, more: bool = True) -> Rewrite:
+        if self.site is None:
+            raise Indirect("called outside of a Dynamo frame")
+        targets = [Target(s.compiled.call, s.compiled.boxed, s.condition) for s in plan]
+        recovers = any(served.compiled.repeatable for served in plan)
+        return self.site.rewrite(Calls(targets, recovers, more))
+
+    def _more_than(self, offer: Offer) -> bool:
+        """Whether more code than that of `offer` is awaited, or waits to be installed."""
+        others = (attempt for attempt in self._record.attempts if attempt is not offer.attempt)
+        return any(attempt.state in (State.PENDING, State.READY, State.TRIAL) for attempt in others)
+
+    def _put_in_place(self, offer: Offer) -> str:
+        """Serve calls by the code of `offer`; returns a remark for the report, or ""."""
+        prepared = self._prepared
+        if prepared is None or prepared.offer.attempt is not offer.attempt or prepared.before is not self._plan:
+            prepared = self._prepare(offer)
+        remark = prepared.remark
+        if prepared.rewrite is not None and self.site is not None:
+            try:
+                self.site.redirect(prepared.rewrite)
+            except UnknownLayout as error:
+                remark = f"cache entries look unfamiliar ({error}): {_A_CHECK_REMAINS}"
+        gone, self._plan = self._plan, prepared.after
+        for served in gone:
+            if all(served.attempt is not kept.attempt for kept in self._plan):
+                served.attempt.move(Event.REPLACED)
+        self._let_go(offer, remark)
+        return remark
+
+    def _let_go(self, offer: Offer, remark: str) -> None:
+        """Drop what no call needs any more, and let calls that nothing fits ask for more."""
+        last = self._plan[-1]
+        if last.condition is not None:
+            if self.specialiser is not None and offer.attempt.purpose is not Purpose.BETTER:
+                self.specialiser.resume()
+            return
+        self.specialiser = None
+        if not self._more_than(offer) and not any(served.compiled.repeatable for served in self._plan):
+            self.eager = last.compiled.call  # so that whatever holds this trampoline need not hold eager code
+            if self.site is not None and not remark:
+                self.site.rebind(last.compiled.call)
+
+    # The way back
+
+    def reject(self, reason: str) -> None:
+        """Go back to eager code for good. Calls under way in compiled code may still be made again here."""
+        self._withdraw()
+        self.specialiser = None
+        locks.call_holding(dynamo.compile_lock, self._restore)
+        self._record.reject(reason)
+
+    def _reject_offer(self, offer: Offer, reason: str, event: Event = Event.REJECTED) -> None:
+        """Do without the code of `offer`; where other code serves its calls, that goes on."""
+        self._drop(offer)
+        offer.attempt.fail(event, reason)
+        if self._plan:
+            locks.call_holding(dynamo.compile_lock, self._put_plan_back)
+
+    def _restore(self) -> None:
+        if self._plan:
+            self._show(())
+
+    def _put_plan_back(self) -> None:
+        self._show(self._plan)
+
+    def _lead_here(self, offer: Offer) -> None:
+        """Have calls that `offer` would serve better come here, for its trial."""
+        self._show(tuple(served for served in self._plan if served.attempt is not offer.replaces))
+
+    def _show(self, plan: Plan) -> None:
+        with suppress(FrameGone, Indirect, UnknownLayout):  # nobody calls it, or nothing was rewritten
+            if self.site is not None:
+                self.site.redirect(self._rewrite(plan))

@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..control import report
 from ..region import State
-from ..reporting import report
 
 SECONDS_AFTER_SWAP = 12.0
 """How long the demo goes on once compiled code serves the steps."""

@@ -10,7 +10,7 @@ from typing import Any
 import faulty
 import pytest
 import torch
-from helpers import codes_called, wait_for_all
+from helpers import codes_called, live, wait_for_all
 from torch import Tensor
 
 import frame_swap
@@ -53,7 +53,7 @@ def measured(function: Callable[..., Any], make: Callable[[], Tensor], custom_pa
         call()
         wait_for_all()
         frame_swap.swap()
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     for _ in range(TIMED):
         assert region.state is State.TRIAL
         call()
@@ -102,7 +102,7 @@ def test_it_is_verified_first() -> None:
     compiled(x)
     wait_for_all()
     frame_swap.swap()
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     compiled(x)
     assert (region.state, region.verified, region.profit) == (State.TRIAL, 1, "")
     for _ in range(TIMED):
@@ -119,7 +119,7 @@ def test_what_raises_while_it_is_timed_is_answered() -> None:
     compiled(x)
     wait_for_all()
     frame_swap.swap()
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     faulty.lying = True
     try:
         with pytest.warns(FrameSwapWarning, match="compiled code raised"):

@@ -17,7 +17,7 @@ from typing import Any
 import faulty
 import pytest
 import torch
-from helpers import Subject, Twins, assert_same, codes_called, observe, wait_for_all
+from helpers import Subject, Twins, assert_same, codes_called, live, observe, wait_for_all
 from torch import Tensor, nn
 
 import frame_swap
@@ -44,7 +44,7 @@ def miscompiled(operator: str, other: str) -> Iterator[None]:
 
 
 def region() -> Region:
-    (one,) = frame_swap.report().regions
+    (one,) = live(frame_swap.report())
     return one
 
 

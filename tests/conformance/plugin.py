@@ -207,15 +207,15 @@ def _regions() -> dict[str, Any]:
     """How the graphs that were captured have fared."""
     if "frame_swap.region" not in sys.modules:
         return {}
-    from frame_swap.region import State, regions
+    from frame_swap.region import State, records
 
-    reasons = {state: Counter(r.reason for r in regions() if r.state is state) for state in State}
+    reasons = {state: Counter(r.reason for r in records() if r.state is state) for state in State}
     return {
-        "regions": dict(Counter(str(r.state) for r in regions())),
+        "regions": dict(Counter(str(r.state) for r in records())),
         "foreground": dict(reasons[State.FOREGROUND]),
         "failed": dict(reasons[State.FAILED]),
         "rejected": dict(reasons[State.REJECTED]),
-        "wrappers": dict(Counter(", ".join(r.wrappers) for r in regions() if r.state is State.INSTALLED)),
+        "wrappers": dict(Counter(", ".join(r.wrappers) for r in records() if r.state is State.INSTALLED)),
         "twice": dict(+twice.counts) if (twice := sys.modules.get(f"{__package__}.twice")) else {},
     }
 
@@ -225,11 +225,11 @@ def _forget_regions() -> None:
     if "frame_swap.region" not in sys.modules:
         return
     from frame_swap import region
+    from frame_swap.region import record
 
-    for one in region.regions():
+    for one in region.records():
         one.abandon("the test is over")
-    with region._changed:
-        region._regions.clear()
+    record.forget_all()
 
 
 def _forget_peak() -> None:

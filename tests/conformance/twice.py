@@ -117,20 +117,20 @@ def _call_twice(trampoline: Trampoline, *args: Any) -> Any:
     compiled = trampoline.compiled_for(args)
     if compiled is not None:
         return compiled(*args)
-    region = trampoline._region
+    region = trampoline._record
     region.pair_calls += 1
     if trampoline.specialiser is not None:
         trampoline.specialiser.ask(args)
     if dynamo.compile_lock._is_owned():  # type: ignore[attr-defined]  # what loads compiled code needs the lock that this thread holds
         counts["not compared: called while Dynamo compiles"] += 1
-        return trampoline.pair(*args)
+        return trampoline.eager(*args)
     comparison = None
     try:
         if eval_frame.watched_by_mode():
             raise Uncopyable("a dispatch mode is active")
         same_numbers = inductor.inductor_config.fallback_random
-        graph = getattr(trampoline.pair, "graph", None)
-        comparison = StrictComparison(trampoline.pair, args, graph, same_numbers=same_numbers)
+        graph = getattr(trampoline.eager, "graph", None)
+        comparison = StrictComparison(trampoline.eager, args, graph, same_numbers=same_numbers)
     except Uncopyable as error:
         counts[f"not compared: {error}"] += 1
     frame_swap.wait()
@@ -139,7 +139,7 @@ def _call_twice(trampoline: Trampoline, *args: Any) -> Any:
     if compiled is None:
         if comparison is not None:
             counts[f"not compared: {region.state}"] += 1
-        return trampoline.pair(*args)
+        return trampoline.eager(*args)
     if comparison is not None:
         counts["compared"] += 1
         counts["with random numbers"] += comparison.random

@@ -18,9 +18,10 @@ from unittest import mock
 import psutil
 import pytest
 import torch
+from helpers import live
 
 import frame_swap
-from frame_swap import FrameSwapWarning, Region, State, backend
+from frame_swap import FrameSwapWarning, Region, State, delivery
 from frame_swap.farm.local import pool, worker
 
 from . import VARIABLE, Fault, inject
@@ -37,7 +38,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> Fault:
 def fresh_workers() -> None:
     """End all workers of this process, and the pool's threads; the next compile starts new ones."""
     pools = list(pool._all)
-    backend.service._pool = None
+    delivery.service._pool = None
     pool.kill_all()
     for old in pools:
         old._threads.shutdown()
@@ -72,7 +73,7 @@ def works(function: Callable[[torch.Tensor], torch.Tensor], device: str = "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(compiled(x), function(x))
-        region = frame_swap.wait(timeout=240).regions[-1]
+        region = live(frame_swap.wait(timeout=240))[-1]
         assert (region.state, region.reason) == (State.INSTALLED, ""), frame_swap.report()
         torch.testing.assert_close(compiled(x), function(x))
     return region
@@ -93,8 +94,8 @@ def one_warning(*words: str) -> Iterator[None]:
 @contextlib.contextmanager
 def nothing_left_behind() -> Iterator[None]:
     """Assert that the block leaves no process, thread, file handle or file once its workers have ended."""
-    backend.service.start()  # with its first worker loky starts what it keeps until the program ends
-    assert backend.service.worker_pids()
+    delivery.service.start()  # with its first worker loky starts what it keeps until the program ends
+    assert delivery.service.worker_pids()
     fresh_workers()
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):
         before = held()

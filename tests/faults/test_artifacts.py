@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import live
 
 import frame_swap
-from frame_swap import State, backend, errors
+from frame_swap import State, delivery, errors
 from frame_swap.artifacts import load, seal
 from frame_swap.farm.protocol import Outcome
 
@@ -39,7 +40,7 @@ class Damaging:
             assert outcome.artifact is not None
             damaged.set_result(dataclasses.replace(outcome, artifact=self._damage(outcome.artifact)))
 
-        backend.service._submit_to_pool(call).add_done_callback(pass_on)
+        delivery.service._submit_to_pool(call).add_done_callback(pass_on)
         return damaged
 
 
@@ -121,7 +122,7 @@ def test_the_bytes_of_an_artifact_go_when_it_is_installed(
     gc.disable()
     try:
         compiled(x).backward()
-        (region,) = frame_swap.wait().regions
+        (region,) = live(frame_swap.wait())
         idle()
     finally:
         gc.enable()
@@ -134,8 +135,8 @@ def test_the_bytes_of_an_artifact_go_when_it_is_installed(
 
 def idle() -> None:
     """Wait until no thread is at work on a compile."""
-    loader = backend.service._loader
+    loader = delivery.service._loader
     if loader is not None:
         loader.submit(int).result()
     frame_swap.configure(executor=None)
-    backend.service._submit_to_pool(int).result()
+    delivery.service._submit_to_pool(int).result()

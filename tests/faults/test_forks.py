@@ -124,7 +124,7 @@ MOMENTS = {
     # Another thread's call has rewritten the entry, under Dynamo's compile lock.
     "an install": (
         "cache_entry, 'replace_code', after=True",
-        "check(); region.wait_until_settled(); in_background(check)",
+        "check(); region.wait_for_compiles(); in_background(check)",
     ),
     # Another thread has started a worker, and has not put it on its pool's list yet.
     "the start of workers": (

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import live
 
 import frame_swap
 from faults.moments import HANG, Canned, InBackground, Moment, interrupted
-from frame_swap import State, backend, region
+from frame_swap import State, backend, delivery, region
 from frame_swap.artifacts import load
 from frame_swap.frames import cache_entry
 from frame_swap.internals import dynamo
@@ -48,8 +49,8 @@ class Program:
         self._watch(monkeypatch, parcel, "pack", lambda args, _: [args[0]])
         self._watch(monkeypatch, backend, "trace_pair", lambda args, pair: [args[0], pair])
         self._watch(monkeypatch, load, "load", lambda args, compiled: [compiled.call])
-        self._watch(monkeypatch, backend.service, "submit", lambda args, job: [job])
-        self._watch(monkeypatch, backend, "_on_outcome", lambda args, _: [args[1]])
+        self._watch(monkeypatch, delivery.service, "submit", lambda args, job: [job])
+        self._watch(monkeypatch, delivery.Delivery, "arrived", lambda args, _: [args[1]])
 
     def _watch(
         self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, of: Callable[[Any, Any], list[Any]]
@@ -89,7 +90,7 @@ class Held(Executor):
         self._held: list[tuple[Future[Any], Future[Any]]] = []
 
     def submit(self, call: Callable[[], Any], /, *args: Any, **keywords: Any) -> Future[Any]:  # type: ignore[override]
-        self._held.append((backend.service._submit_to_pool(call), Future()))
+        self._held.append((delivery.service._submit_to_pool(call), Future()))
         return self._held[-1][1]
 
     def release(self) -> None:
@@ -175,7 +176,7 @@ def test_reset(moment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         if moment is compiling:
             reset.result()
     reset.result()
-    (first,) = frame_swap.wait().regions
+    (first,) = live(frame_swap.wait())
     assert first.state is (State.INSTALLED if moment in MOMENTS[2:] else State.STALE)
     assert_freed(program)
     program.check()
@@ -200,7 +201,7 @@ def test_what_guards_are_about_is_deleted(moment: Any, monkeypatch: pytest.Monke
     """Dynamo then empties the cache entry at once, even if another thread holds its lock."""
     with moment(monkeypatch) as program:
         deleted = program.delete("marker")
-    (first,) = frame_swap.wait().regions
+    (first,) = live(frame_swap.wait())
     assert first.state is (State.INSTALLED if moment is installed else State.STALE)
     gc.collect()
     assert [ref() for ref in deleted] == [None]
@@ -251,7 +252,7 @@ def test_stances(moment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settle()
     check_each()
     program.check()
-    (first,) = frame_swap.report().regions
+    (first,) = live(frame_swap.report())
     assert first.state is State.INSTALLED
 
 
@@ -260,20 +261,28 @@ def test_stances(moment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # within a generator that ends
 def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works() -> None:
-    files = ("frame_swap/region.py", "/trampoline.py", "/call_site.py", "/cache_entry.py", "/backend.py")
-    frame_swap.configure(executor=Canned(backend.service._submit_to_pool))
+    files = (
+        "/attempt.py",
+        "/record.py",
+        "/trampoline.py",
+        "/plan.py",
+        "/locks.py",
+        "/call_site.py",
+        "/cache_entry.py",
+    )
+    frame_swap.configure(executor=Canned(delivery.service._submit_to_pool))
     for at in itertools.count():
         torch._dynamo.reset()
         program = Program()
         program.check()
         settle()
-        (first,) = region.regions()[at:]
+        (first,) = region.records()[at:]
         if not interrupted(at, files, lambda: program.compiled(program.x)):
             break
         program.check()
         assert_nothing_is_held()
         assert (first.state, first.reason, first.artifacts) == (State.INSTALLED, "", 1), f"at point {at}"
-        assert (trampoline := first.trampoline) is None or not trampoline.offered, f"at point {at}"
+        assert (trampoline := first.server) is None or not trampoline.offered, f"at point {at}"
         calls = first.pair_calls
         program.check()
         assert first.pair_calls == calls, f"at point {at}"
@@ -282,7 +291,15 @@ def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works() -> None
 
 
 def test_an_interrupt_anywhere_in_a_capture_leaves_nothing_pending() -> None:
-    files = ("frame_swap/backend.py", "frame_swap/region.py", "/trampoline.py", "/service.py", "/call_site.py")
+    files = (
+        "/backend.py",
+        "/delivery.py",
+        "/attempt.py",
+        "/record.py",
+        "/trampoline.py",
+        "/service.py",
+        "/call_site.py",
+    )
     for at in itertools.count():
         torch._dynamo.reset()
         program = Program()
@@ -293,7 +310,7 @@ def test_an_interrupt_anywhere_in_a_capture_leaves_nothing_pending() -> None:
         program.check()
         assert_nothing_is_held()
         # Where Dynamo was interrupted after it had put the trampoline into the globals, what comes settles it.
-        lost = [r for r in region.regions() if r.awaited and r.trampoline is None]
+        lost = [r for r in region.records() if r.awaited and r.server is None]
         assert not lost, f"at point {at}: {frame_swap.report()}"
         frame_swap.configure(when="ready")
     assert at > 30
@@ -305,7 +322,7 @@ def test_an_interrupt_where_the_first_call_waits(monkeypatch: pytest.MonkeyPatch
 
     program = Program()
     with monkeypatch.context() as patches:
-        patches.setattr(backend.Job, "wait", interrupt)
+        patches.setattr(delivery.Job, "wait", interrupt)
         frame_swap.configure(when="wait")
         with pytest.raises(KeyboardInterrupt):
             program.compiled(program.x)
@@ -316,7 +333,7 @@ def test_an_interrupt_where_the_first_call_waits(monkeypatch: pytest.MonkeyPatch
 
 def assert_nothing_is_held() -> None:
     def take_all() -> None:
-        for lock in (dynamo.compile_lock, region._lock, backend.service._lock):
+        for lock in (dynamo.compile_lock, region.registry.lock, delivery.service._lock):
             assert lock.acquire(timeout=HANG)
             lock.release()
 
@@ -343,14 +360,14 @@ def test_another_thread_races_with_the_calls(event: str) -> None:
         "swap": lambda p: frame_swap.swap(),
     }
     if event not in ("recompile", "global"):  # what they compile is another graph
-        frame_swap.configure(executor=Canned(backend.service._submit_to_pool))
+        frame_swap.configure(executor=Canned(delivery.service._submit_to_pool))
     for _ in range(5):
         torch._dynamo.reset()
         program = Program()
         results = [program.function(program.x)]
         results.append(results[0] * 1.5)  # after `scale` has changed
         program.check()
-        (row,) = region.regions()[-1:]
+        (row,) = region.records()[-1:]
         begin = threading.Barrier(2)
 
         def call_until_settled() -> None:
@@ -377,15 +394,15 @@ def test_a_job_may_be_cancelled_wherever_garbage_is_collected() -> None:
     frame_swap.configure(executor=Silent())
     program = Program()
     program.check()
-    assert backend.service._loader is not None
+    assert delivery.service._loader is not None
 
     def collect() -> None:
-        with backend.service._lock, backend.service._loader._shutdown_lock, region._lock:
+        with delivery.service._lock, delivery.service._loader._shutdown_lock, region.registry.lock:
             torch._dynamo.reset()
             gc.collect()
 
     InBackground(collect).result()
-    (first,) = region.regions()
+    (first,) = region.records()
     assert first.state is State.STALE
 
 
@@ -394,16 +411,17 @@ def test_a_row_of_the_report_keeps_nothing_alive() -> None:
     program.check()
     settle()
     program.check()
-    (row,) = frame_swap.report().regions
-    assert {type(value) for value in vars(row).values()} <= {
-        *(str, int, float, bool, tuple, type(None), State, weakref.ref),
-        type(region._nothing),
-    }
-    assert row.cancel is region._nothing
+    (row,) = live(frame_swap.report())
+    plain = {str, int, float, bool, tuple, type(None), State, region.Purpose}
+    (attempt,) = row.attempts
+    assert {type(value) for value in vars(row).values()} <= plain | {weakref.ref, list}
+    assert {type(value) for value in vars(attempt).values()} <= plain | {region.Record}
+    (compile,) = row.row().compiles
+    assert {type(value) for value in vars(compile).values()} <= plain
 
 
 def settle() -> None:
-    assert region.wait_until_settled(HANG), frame_swap.report()
+    assert region.wait_for_compiles(HANG), frame_swap.report()
 
 
 def assert_both_swap(program: Program, second: Callable[[], None], first: Callable[[], None] | None = None) -> None:
@@ -419,7 +437,7 @@ def assert_both_swap(program: Program, second: Callable[[], None], first: Callab
 
 def assert_freed(program: Program) -> None:
     """Assert that all objects of the first graph's compile are freed."""
-    backend.service._loader and backend.service._loader.submit(lambda: None).result(HANG)  # it has let go, too
+    delivery.service._loader and delivery.service._loader.submit(lambda: None).result(HANG)  # it has let go, too
     gc.collect()
     assert len(program.freed) >= 4
     assert [alive for ref in program.freed if (alive := ref()) is not None] == []

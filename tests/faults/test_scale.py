@@ -14,7 +14,7 @@ import torch
 
 import frame_swap
 from faults.moments import HANG, InBackground, stall_detector
-from frame_swap import State, backend, region
+from frame_swap import State, delivery, region
 from frame_swap.serving import trampoline
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
@@ -32,8 +32,8 @@ def functions(count: int, body: str) -> Iterator[Callable[..., Any]]:
 
 def settle() -> None:
     """Wait for all compiles, as long as there is progress."""
-    with stall_detector(lambda: sum(r.awaited for r in region.regions())) as check:
-        while not region.wait_until_settled(1.0):
+    with stall_detector(lambda: sum(r.awaited for r in region.records())) as check:
+        while not region.wait_for_compiles(1.0):
             check()
 
 
@@ -44,7 +44,7 @@ class Resources:
     KINDS = (trampoline.Trampoline, trampoline.Specialiser, torch.fx.GraphModule)
 
     def __init__(self) -> None:
-        loader = backend.service._loader
+        loader = delivery.service._loader
         if loader is not None:
             loader.submit(lambda: None).result(HANG)  # it has let go of its last job
         gc.collect()
@@ -77,7 +77,7 @@ def test_300_graphs(record_property: Callable[[str, object], None]) -> None:
                 torch.testing.assert_close(compiled(x), function(x))
         settle()
         frame_swap.swap()
-        assert {r.state for r in region.regions()} == {State.INSTALLED}
+        assert {r.state for r in region.records()} == {State.INSTALLED}
         torch._dynamo.reset()
 
     hundred()
@@ -86,11 +86,11 @@ def test_300_graphs(record_property: Callable[[str, object], None]) -> None:
     once = Resources()
     hundred()
     twice = Resources()
-    assert len(region.regions()) == 300
+    assert len(region.records()) == 300
     for name, resources in (("100", warm), ("200", once), ("300", twice)):
         record_property(f"MB after {name} graphs", resources.memory / MB)
     # What stays is Inductor's and Dynamo's, as much as with stock: 1.7 MB. The artifacts alone are 6.6 MB.
-    artifacts = sum(row.artifact_bytes or 0 for row in region.regions()[200:])
+    artifacts = sum(row.artifact_bytes or 0 for row in region.records()[200:])
     assert_back(once, twice, growth=artifacts // 2)
 
 
@@ -112,16 +112,16 @@ def test_50_recompiles_of_one_frame(limit: int) -> None:
         compiled = torch.compile(ours, backend="frame_swap", dynamic=False)
         for x in inputs:
             torch.testing.assert_close(compiled(x), ours(x))
-        assert len(region.regions()) == len(captured) == min(50, limit)
+        assert len(region.records()) == len(captured) == min(50, limit)
         settle()
         for x in inputs:
             torch.testing.assert_close(compiled(x), ours(x))
-        assert len(region.regions()) == min(50, limit)
-        assert {r.state for r in region.regions()} == {State.INSTALLED}
-        calls = [r.pair_calls for r in region.regions()]
+        assert len(region.records()) == min(50, limit)
+        assert {r.state for r in region.records()} == {State.INSTALLED}
+        calls = [r.pair_calls for r in region.records()]
         for x in inputs:
             torch.testing.assert_close(compiled(x), ours(x))
-        assert [r.pair_calls for r in region.regions()] == calls
+        assert [r.pair_calls for r in region.records()] == calls
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
@@ -144,7 +144,7 @@ def test_eight_threads_call_one_function_through_the_swap(
 
         compiled = torch.compile(function, backend="frame_swap")
         call(0)  # PyTorch up to 2.11 does not survive two threads that capture
-        (row,) = region.regions()[-1:]
+        (row,) = region.records()[-1:]
         begin = threading.Barrier(8)
 
         def call_until_installed(at: int) -> None:
@@ -163,7 +163,7 @@ def test_eight_threads_call_one_function_through_the_swap(
         assert (row.state, row.artifacts) == (State.INSTALLED, 1)
         torch._dynamo.reset()
         gc.collect()
-        assert row.trampoline is None
+        assert row.server is None
 
     seen = []
     for function in functions(rounds, "(x.sin() + {number} % 5).tanh()"):  # a library stays loaded for good
@@ -171,5 +171,5 @@ def test_eight_threads_call_one_function_through_the_swap(
         seen.append(Resources())
     record_property("MB after each round", [round(r.memory / MB) for r in seen])
     later = len(seen) // 2
-    artifacts = sum(row.artifact_bytes or 0 for row in region.regions()[later:])
+    artifacts = sum(row.artifact_bytes or 0 for row in region.records()[later:])
     assert_back(seen[later], seen[-1], growth=artifacts // 2 if rounds > 3 else None)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import frame_swap
-from frame_swap import State, backend, errors
+from frame_swap import State, delivery, errors
 from frame_swap.artifacts import folders, libraries
 
 from .harness import fresh_workers, one_warning, works
@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Path:
 def nothing_known() -> Iterator[None]:
     """Forget checked folders and issued warnings."""
     folders._searched.clear()
-    backend._warn_once.cache_clear()
+    delivery._warn_once.cache_clear()
     yield
     folders._searched.clear()
 
@@ -237,7 +237,7 @@ def _accepts(pid: int, handle: int) -> bool:
 
 def test_nothing_listens() -> None:
     works(lambda x: x.sin() + 33)
-    workers = backend.service.worker_pids()
+    workers = delivery.service.worker_pids()
     assert workers
     assert sockets_of(os.getpid(), *workers) == []
     pipes = [os.readlink(f"/proc/{workers[0]}/fd/{fd}") for fd in (0, 1, 2)]
@@ -255,8 +255,8 @@ def test_what_listens_is_seen(family: socket.AddressFamily, tmp_path: Path) -> N
 
 def test_what_a_worker_is_sent_is_for_this_user_alone() -> None:
     fresh_workers()
-    backend.service.start()
-    assert backend.service.worker_pids()
-    (process, *_) = backend.service._pool._processes
+    delivery.service.start()
+    assert delivery.service.worker_pids()
+    (process, *_) = delivery.service._pool._processes
     folders.check(process.folder)
     assert stat.S_IMODE(os.stat(process.folder).st_mode) == 0o700

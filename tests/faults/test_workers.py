@@ -17,9 +17,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers import live
 
 import frame_swap
-from frame_swap import State, backend
+from frame_swap import State, delivery
 
 from . import VARIABLE, Fault
 from .harness import fresh_workers, nothing_left_behind, plant, survives, works
@@ -125,13 +126,13 @@ def test_the_innocent_do_not_fail_with_the_culprit(faulty: Callable[..., Fault])
 def test_what_nobody_wants_any_more_is_not_tried_again(faulty: Callable[..., Fault]) -> None:
     fault = faulty("compiling", "hangs")
     torch.compile(lambda x: x.sin() + 4, backend="frame_swap")(torch.randn(3))
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     wait_for(lambda: fault.hits == 1)
     region.abandon()
-    (pid,) = backend.service.worker_pids()
+    (pid,) = delivery.service.worker_pids()
     os.kill(pid, 9)
-    backend.service._pool.retire()
-    (thread,) = backend.service._pool._threads._threads
+    delivery.service._pool.retire()
+    (thread,) = delivery.service._pool._threads._threads
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert (region.state, fault.hits) == (State.STALE, 1)
@@ -212,7 +213,7 @@ def test_a_hang_that_keeps_the_gil_leaves_its_traceback_in_the_log(
 
     def time_is_up() -> None:
         wait_for(lambda: fault.hits == 1)
-        (process,) = backend.service._pool._processes
+        (process,) = delivery.service._pool._processes
         process.expire()
 
     threading.Thread(target=time_is_up).start()
@@ -302,11 +303,11 @@ def test_an_artifact_that_crashes_who_loads_it_crashes_the_worker(faulty: Callab
 
 def test_idle_workers_end_and_come_back() -> None:
     frame_swap.configure(idle_timeout=0.1)
-    backend.service.start()
-    assert len(backend.service.worker_pids()) == 1
-    wait_for(lambda: not backend.service.worker_pids())
+    delivery.service.start()
+    assert len(delivery.service.worker_pids()) == 1
+    wait_for(lambda: not delivery.service.worker_pids())
     works(lambda x: x.sin() + 15)
-    wait_for(lambda: not backend.service.worker_pids())
+    wait_for(lambda: not delivery.service.worker_pids())
 
 
 def runs(pid: int) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, called, is_direct, observe
+from helpers import assert_same, called, is_direct, live, observe
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import adaptive_avg_pool2d
@@ -375,7 +375,7 @@ def test_what_late_guards_turn_away_gets_its_own_code() -> None:
     for x in images[1:]:
         opted(x)
         swap()
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     assert (region.artifacts, len(table_of(pool).entries)) == (3, 1)
     calls = region.pair_calls
     for x in images:

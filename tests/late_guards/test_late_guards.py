@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from helpers import assert_same, observe
+from helpers import assert_same, live, observe
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import adaptive_avg_pool2d
 
 import frame_swap
-from frame_swap import FrameSwapWarning, Region, State, backend
+from frame_swap import FrameSwapWarning, Region, State, delivery
 from frame_swap.farm.protocol import Outcome
 from frame_swap.internals import dynamo
+from frame_swap.region import Attempt, Event, Purpose, records
 from frame_swap.serving.trampoline import Trampoline
 
 pytestmark = pytest.mark.fast
@@ -67,7 +68,7 @@ def check(function: Function, compiled: Function, make: Callable[[int], Tensor],
 
 def swap() -> Region:
     frame_swap.wait()
-    (region,) = frame_swap.swap().regions
+    (region,) = live(frame_swap.swap())
     return region
 
 
@@ -91,22 +92,22 @@ def test_what_is_asked_for_as_soon_as_the_first_artifact_is_there_is_awaited(
 ) -> None:
     """Another thread may install the artifact and request another before the loader thread's offer has returned."""
     function = compiled(pool)
-    settle, returned = Region.settle, threading.Event()
+    move, returned = Attempt.move, threading.Event()
     offer = Trampoline.offer
 
     def offer_to_the_end(self: Trampoline, *args: Any) -> None:
         offer(self, *args)
         returned.set()
 
-    def settle_and_ask(self: Region, state: State, *args: Any, **options: Any) -> bool:
-        done = settle(self, state, *args, **options)
-        if state is State.READY and done:
-            assert self.trampoline is not None
-            self.trampoline.install(wait=True)
+    def move_and_ask(self: Attempt, event: Event, reason: str = "") -> bool:
+        done = move(self, event, reason)
+        if event is Event.LOADED and done and self.purpose is Purpose.FIRST:
+            (one,) = records()
+            one.server.install(wait=True)
             function(images(9))
         return done
 
-    monkeypatch.setattr(Region, "settle", settle_and_ask)
+    monkeypatch.setattr(Attempt, "move", move_and_ask)
     monkeypatch.setattr(Trampoline, "offer", offer_to_the_end)
     function(images(8))
     assert returned.wait(120)
@@ -147,8 +148,8 @@ def _sizes_compared_with() -> list[int]:
 
 def test_a_call_that_nothing_fits_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    submit = backend.service.submit
-    monkeypatch.setattr(backend.service, "submit", lambda *a: asked.append(a[2]) or submit(*a))
+    submit = delivery.service.submit
+    monkeypatch.setattr(delivery.service, "submit", lambda *a: asked.append(a[2]) or submit(*a))
     function = compiled(pool)
     check(pool, function, images, 8)
     swap()
@@ -213,7 +214,7 @@ class Tampering:
         def pass_on(done: Future[Outcome]) -> None:
             changed.set_result(dataclasses.replace(done.result(), **self._tamper(done.result())))
 
-        backend.service._submit_to_pool(call).add_done_callback(pass_on)
+        delivery.service._submit_to_pool(call).add_done_callback(pass_on)
         return changed
 
 
@@ -266,5 +267,5 @@ def test_a_frame_that_goes_while_it_asks_keeps_nobody_waiting() -> None:
     assert region.specialising
     torch._dynamo.reset()
     assert not region.specialising
-    assert frame_swap.wait().regions == [region]
-    assert region.trampoline is None
+    assert live(frame_swap.wait()) == [region]
+    assert region.server is None

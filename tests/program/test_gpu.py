@@ -13,7 +13,7 @@ import pytest
 import torch
 from faults import Fault
 from faults.harness import fresh_workers, plant, survives, works
-from helpers import Subject, Wrap, is_direct, swap_all, through_swap, wait_for_all
+from helpers import Subject, Wrap, is_direct, live, swap_all, through_swap, wait_for_all
 from torch import Tensor
 from torch.library import custom_op
 
@@ -53,7 +53,7 @@ def test_bert_base_trains_in_bfloat16_through_its_swap() -> None:
     losses = [step() for _ in range(5)]
     frame_swap.wait()
     frame_swap.swap()
-    regions = frame_swap.report().regions
+    regions = live(frame_swap.report())
     assert [(r.state, r.reason) for r in regions] == [(State.INSTALLED, "")] * len(regions)
     calls = [r.pair_calls for r in regions]
     losses += [step() for _ in range(15)]
@@ -280,7 +280,7 @@ def test_a_miscompile_is_found(tmp_path: Path) -> None:
         with pytest.warns(FrameSwapWarning, match="gradient 0: up to"):
             compiled(x).sum().backward()
     torch.testing.assert_close(x.grad, 2 * x.cos())
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     assert region.state is State.REJECTED
     (folder,) = tmp_path.iterdir()
     assert (folder / "difference.txt").read_text().startswith("gradient 0")
@@ -309,7 +309,7 @@ def test_verifying_draws_no_random_numbers_and_keeps_no_memory() -> None:
         for is_now, was in zip(step(), by_pair, strict=True):
             assert torch.equal(is_now, was)
     assert torch.cuda.memory_allocated() <= before
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     assert (region.state, region.verified) == (State.INSTALLED, 2)
     assert "it draws random numbers" in region.reason
 
@@ -322,7 +322,7 @@ def test_slower_code_is_turned_away() -> None:
         compiled(x)
         wait_for_all()
     frame_swap.swap()
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     with pytest.warns(FrameSwapWarning, match="it is slower than the pair"):
         while region.state is State.TRIAL:
             compiled(x).sum().backward()

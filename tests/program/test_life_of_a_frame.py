@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import codes_called
+from helpers import codes_called, live
 from torch._inductor.utils import fresh_cache
 
 import frame_swap
-from frame_swap import FrameSwapWarning, State, backend, errors
+from frame_swap import FrameSwapWarning, State, backend, delivery, errors
 from frame_swap.frames import cache_entry
 from frame_swap.internals import dynamo
 from frame_swap.serving import pair
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.fast
 
 
 def only_region() -> frame_swap.Region:
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     return region
 
 
@@ -45,8 +45,8 @@ def f(x: torch.Tensor) -> torch.Tensor:
 
 def test_the_graph_is_shipped_before_the_pair_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
-    submit, trace_pair = backend.service.submit, backend.trace_pair
-    monkeypatch.setattr(backend.service, "submit", lambda *a: order.append("ship") or submit(*a))
+    submit, trace_pair = delivery.service.submit, backend.trace_pair
+    monkeypatch.setattr(delivery.service, "submit", lambda *a: order.append("ship") or submit(*a))
     monkeypatch.setattr(backend, "trace_pair", lambda *a: order.append("pair") or trace_pair(*a))
     torch.compile(f, backend="frame_swap")(torch.randn(4, 4))
     assert order == ["ship", "pair"]
@@ -60,7 +60,7 @@ def test_the_entry_is_rewritten_in_place_and_the_old_code_is_gone() -> None:
     region, entry = only_region(), only_entry(f.__code__)
     guard_manager = entry.guard_manager
     old = weakref.ref(entry.code)
-    assert region.trampoline in entry.code.co_consts
+    assert region.server in entry.code.co_consts
 
     frame_swap.wait()
     assert region.state is State.READY
@@ -71,7 +71,7 @@ def test_the_entry_is_rewritten_in_place_and_the_old_code_is_gone() -> None:
     assert region.reason == ""
     assert only_entry(f.__code__).guard_manager is guard_manager
     assert old() is None
-    assert region.trampoline not in only_entry(f.__code__).code.co_consts, "only its answer to errors is left"
+    assert region.server not in only_entry(f.__code__).code.co_consts, "only its answer to errors is left"
     torch.testing.assert_close(compiled(x), f(x))
 
 
@@ -92,8 +92,8 @@ def test_a_call_after_the_swap_touches_nothing_of_ours() -> None:
 
 def test_what_the_worker_sent_is_gone_after_the_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
-    on_outcome = backend._on_outcome
-    monkeypatch.setattr(backend, "_on_outcome", lambda s, o: sent.append(weakref.ref(o)) or on_outcome(s, o))
+    arrived = delivery.Delivery.arrived
+    monkeypatch.setattr(delivery.Delivery, "arrived", lambda s, o: sent.append(weakref.ref(o)) or arrived(s, o))
     compiled = torch.compile(f, backend="frame_swap")
     compiled(torch.randn(4, 4))
     frame_swap.wait()
@@ -139,7 +139,7 @@ def test_installing_waits_for_a_call_when_ready() -> None:
     compiled = torch.compile(f, backend="frame_swap")
     x = torch.randn(4, 4)
     compiled(x)
-    frame_swap.region.wait_until_settled()
+    frame_swap.region.wait_for_compiles()
     region = only_region()
     assert (region.state, region.pair_calls) == (State.READY, 1)
     compiled(x)
@@ -154,13 +154,13 @@ def test_when_wait_the_first_call_runs_compiled_code() -> None:
 
 
 def test_when_never_nothing_is_sent_to_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend.service, "submit", lambda *a: pytest.fail("something was submitted"))
+    monkeypatch.setattr(delivery.service, "submit", lambda *a: pytest.fail("something was submitted"))
     frame_swap.configure(when="never")
     compiled, x = torch.compile(f, backend="frame_swap"), torch.randn(4, 4)
     for calls in (1, 2):
         torch.testing.assert_close(compiled(x), f(x))
         assert (only_region().state, only_region().pair_calls) == (State.EAGER, calls)
-    assert frame_swap.wait().regions == [only_region()]  # nothing is pending
+    assert live(frame_swap.wait()) == [only_region()]  # nothing is pending
 
 
 def test_a_delay_holds_back_what_is_finished() -> None:
@@ -175,10 +175,10 @@ def test_a_delay_holds_back_what_is_finished() -> None:
 
 def test_two_workers_compile_two_graphs_at_once() -> None:
     frame_swap.configure(workers=2)
-    backend.service.submit(b"", lambda outcome: None)  # starts both; they come up together
+    delivery.service.submit(b"", lambda outcome: None)  # starts both; they come up together
     for function in (lambda x: (x.sin() @ x).relu(), lambda x: (x.cos() @ x).tanh()):
         torch.compile(function, backend="frame_swap")(torch.randn(16, 16))
-    first, second = frame_swap.wait().regions
+    first, second = live(frame_swap.wait())
     assert first.worker_pid != second.worker_pid
     assert first.compile_span is not None
     assert second.compile_span is not None
@@ -211,7 +211,7 @@ def test_a_reset_while_compiling_makes_the_region_stale() -> None:
     assert region.state is State.PENDING
     torch._dynamo.reset()
     assert region.state is State.STALE
-    assert region.trampoline is None
+    assert region.server is None
     frame_swap.configure(delay=0)
     torch.testing.assert_close(compiled(x), f(x))
     frame_swap.wait()

@@ -13,7 +13,7 @@ from typing import Any
 import faulty
 import pytest
 import torch
-from helpers import assert_same, observe, wait_for_all
+from helpers import assert_same, live, observe, wait_for_all
 from torch import Tensor
 
 import frame_swap
@@ -47,7 +47,7 @@ def swapped(function: Function, *args: Any, wrap: Function | None = None) -> tup
     compiled(*args)
     wait_for_all()
     frame_swap.swap()
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     assert region.state is State.INSTALLED
     return compiled, region
 
@@ -83,11 +83,11 @@ def check_answered(compiled: Function, function: Function, region: Region, make:
         assert region.pair_calls == served + 3
     (warning,) = (w for w in caught if issubclass(w.category, FrameSwapWarning))
     assert region.reason in str(warning.message)
-    assert "back on its eager pair" in str(warning.message)
+    assert "back on its eager code" in str(warning.message)
     assert (region.state, region.artifacts) == (State.REJECTED, 0)
     assert "its compiled code raised AssertionError: expected size" in region.reason
     assert "1 rejected" in str(frame_swap.report())
-    assert frame_swap.report().regions == [region], "Dynamo compiled again"
+    assert live(frame_swap.report()) == [region], "Dynamo compiled again"
 
 
 @pytest.mark.parametrize("wrap", [compile_, frame_swap.opt_in, behind_a_wrapper])
@@ -192,7 +192,7 @@ def test_where_compiled_code_changes_inputs_the_error_is_the_callers(wrap: Funct
     assert calls == 1
     if wrap is not behind_a_wrapper:
         gc.collect()
-        assert region.trampoline is None, "the pair is kept, and there is nothing it could answer"
+        assert region.server is None, "the pair is kept, and there is nothing it could answer"
     compiled(x, calls)
     faulty.lying = True
     served = region.pair_calls
@@ -278,9 +278,9 @@ def test_threads_that_raise_together_are_all_answered(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("wrap", [compile_, frame_swap.opt_in])
 def test_when_the_frame_goes_so_does_the_pair(wrap: Function) -> None:
     _, region = swapped(relays, torch.rand(3, 4), wrap=wrap)
-    pair = weakref.ref(region.trampoline.pair)
+    pair = weakref.ref(region.server.eager)
     assert pair() is not None
     torch._dynamo.reset()
     gc.collect()
-    assert region.trampoline is None
+    assert region.server is None
     assert pair() is None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from helpers import Make, Subject, Twins, Wrap, through_swap, with_frame_swap
+from helpers import Make, Subject, Twins, Wrap, live, through_swap, with_frame_swap
 from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd.graph import saved_tensors_hooks
@@ -24,9 +24,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import frame_swap
-from frame_swap import Region, State, region
+from frame_swap import Region, State
 from frame_swap.errors import Unshippable
 from frame_swap.internals import dispatcher, inductor
+from frame_swap.region import record
 from frame_swap.shipping import operators, triton_kernels
 from frame_swap.shipping.operators import by_import
 from frame_swap.shipping.process_state import ProcessState
@@ -346,7 +347,7 @@ def test_loading_traces_nothing(make: Make, device: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.fx.graph_module, "_deserialize_graph_module", lambda *args: traced.append(args))
     subject = make(with_frame_swap)
     subject.call(*(x.to(device) for x in subject.inputs[0]()))
-    (region,) = frame_swap.wait().regions
+    (region,) = live(frame_swap.wait())
     assert not traced
     assert region.state is State.READY
 
@@ -542,7 +543,7 @@ def test_a_module_that_has_changed_since_it_was_imported_is_not_believed(
     file.write_text("\n" + MODULE.format(name="shipping_changed"))
     frame_swap.configure(when="manual")
     torch.compile(lambda x: torch.ops.shipping_changed.double(x), backend="frame_swap")(torch.rand(3))
-    (one,) = frame_swap.wait().regions
+    (one,) = live(frame_swap.wait())
     assert one.state is State.FAILED
     assert "shipping_changed does not define it as it is in the program" in one.reason
 
@@ -573,7 +574,7 @@ def test_a_redefinition_reaches_the_worker(device: str) -> None:
 
     through_swap(subject(2.0), device=device)
     torch._dynamo.reset()
-    region._regions.clear()
+    record.forget_all()
     through_swap(subject(5.0), device=device)
 
 
@@ -632,7 +633,7 @@ def test_a_module_whose_settings_a_worker_does_not_share_is_not_believed(
     setting.FACTOR = 9.0  # type: ignore[attr-defined]
     frame_swap.configure(when="manual")
     torch.compile(lambda x: as_configured(x), backend="frame_swap")(torch.rand(3, requires_grad=True))
-    (one,) = frame_swap.wait().regions
+    (one,) = live(frame_swap.wait())
     assert one.state is State.FAILED
     assert "its functions read what is different in a worker" in one.reason
 
@@ -645,7 +646,7 @@ def foreground(make: Make, device: str) -> Region:
     twins = Twins(make, device)
     for stage in ("at", "after"):
         twins.check(stage)
-    (one,) = frame_swap.report().regions
+    (one,) = live(frame_swap.report())
     assert one.state is State.FOREGROUND
     assert one.compile_s is not None
     assert one.pair_calls == 0
@@ -742,7 +743,7 @@ def test_hooks_on_saved_tensors_that_are_graphs_stay() -> None:
             torch.compile(lambda x: x.sin() * x.exp(), backend=backend)(leaf).sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
-    (region,) = frame_swap.report().regions
+    (region,) = live(frame_swap.report())
     assert region.state is State.FOREGROUND
     assert "hooks on saved tensors that are graphs" in region.reason
 

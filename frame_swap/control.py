@@ -1,0 +1,33 @@
+"""What a program asks of frame-swap while it runs: the report, to wait for compiles, and to install their code."""
+
+from __future__ import annotations
+
+from .region import Report, records, wait_for_compiles
+from .serving.trampoline import Trampoline
+
+
+def report() -> Report:
+    """What has been captured so far, and what has become of it."""
+    return Report(record.row() for record in records())
+
+
+def swap() -> Report:
+    """Install all compiled code that is ready, on the calling thread; returns the report. For when="manual"."""
+    for trampoline in _trampolines():
+        trampoline.install(wait=True)
+    return report()
+
+
+def wait(timeout: float | None = None) -> Report:
+    """Block until no compile is pending, at most `timeout` seconds; then install, except for when="manual".
+
+    Returns the report; rows that are still pending when the time is up say so.
+    """
+    wait_for_compiles(timeout)
+    for trampoline in _trampolines():
+        trampoline.install_unless_manual()
+    return report()
+
+
+def _trampolines() -> list[Trampoline]:
+    return [record.server for record in records() if record.server is not None]

@@ -1,0 +1,221 @@
+"""Steps 5 to 7 of a frame's life: one delivery brings the outcome of one compile into the frame.
+
+5 compile   a worker runs all of Inductor and sends back one artifact
+6 load      the loader thread makes the artifact callable and prepares the frame's code
+7 install   the trampoline puts that code into the frame's cache entry, at the next call
+
+Guarantees:
+- `arrived` raises nothing. Each way in which compiled code can fail to come ends the attempt, with a reason.
+- A delivery that is no longer wanted loads nothing.
+
+Assumed: `arrived` runs on the loader thread, or on the user's where Dynamo waits for it (`when="wait"`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import pickle
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import guards, settings
+from .artifacts import load
+from .checking import repro
+from .checking.profit import Measurement
+from .checking.trial import Trial
+from .checking.verify import Verification
+from .errors import FrameGone, FrameSwapWarning, UnusableArtifact, first_line
+from .farm.protocol import Outcome
+from .farm.service import Job, service
+from .internals import dynamo, fake_tensors
+from .late_guards.condition import condition_of
+from .late_guards.specialiser import Specialiser
+from .region import Attempt, Event, Purpose, Record
+from .serving.plan import Offer, Served
+from .serving.trampoline import Trampoline
+from .shipping import echo
+from .shipping.parcel import Parcel
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What to compile for a region, and what becomes of the result.
+
+    Attributes:
+        record: the region.
+        parcel: the packed graph.
+        options: changes of Inductor's config.
+        shapes: the symbols in the graph's shapes, and what the frame's guards say of them.
+        limit: the most compiles for other sizes: as many as Dynamo's recompiles of a frame.
+        settings: those in force at capture.
+        graph: Dynamo's, where compiled code is to be verified; else None.
+        repeatable: whether a call that raised may be made again, as far as the graph is concerned.
+    """
+
+    record: Record
+    parcel: Parcel
+    options: dict[str, Any]
+    shapes: fake_tensors.FrameShapes
+    limit: int
+    settings: settings.Settings
+    graph: torch.fx.GraphModule | None
+    repeatable: bool
+
+
+class Delivery:
+    """One compile for a region, from the request to the offer of its code.
+
+    Args:
+        order: what to compile.
+        attempt: the compile's record.
+        sizes: of symbols, by name, where they are to differ from those at capture.
+        replaces: the compile whose code this one's is to replace, for the same calls.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        attempt: Attempt,
+        sizes: dict[str, int] | None = None,
+        replaces: Attempt | None = None,
+    ) -> None:
+        self._order = order
+        self._attempt = attempt
+        self._sizes = sizes
+        self._replaces = replaces
+
+    def request(self, *, deliver: bool = True) -> Job:
+        """Submit the compile. Its outcome goes to `arrived`; without `deliver` the caller waits for the job."""
+        job = service.submit(self._order.parcel, self.arrived if deliver else None, self._sizes)
+        self._attempt.began(job.cancel)
+        return job
+
+    def arrived(self, outcome: Outcome, *, frame_open: bool = False) -> None:
+        """A worker has sent `outcome`; `frame_open`: Dynamo still traces the frame, and waits for this."""
+        # 5. Compile
+        attempt, record = self._attempt, self._order.record
+        attempt.compiled(outcome.submitted, outcome.started, outcome.finished, outcome.pid)
+        echo.replay(outcome.echo, record.compile_id or None)
+        for remark in outcome.remarks:
+            _warn_once(remark)
+        if outcome.artifact is None:
+            log.info("frame-swap: compile of %s failed\n%s", record, outcome.details)
+            self._give_up(Event.FAILED, f"its compile failed: {outcome.error}")
+            return
+        attempt.artifact_bytes = len(outcome.artifact)
+
+        # 6. Load
+        trampoline: Trampoline | None
+        with dynamo.compile_lock:  # Dynamo is done with the frame then: the frame calls the trampoline
+            trampoline = record.server
+            offer = self._offer(trampoline, outcome, frame_open) if trampoline is not None else None
+
+        # 7. Install
+        if trampoline is None:
+            record.abandon()
+        elif offer is not None:  # without the lock, which the next call needs
+            trampoline.offer(offer)
+
+    def _offer(self, trampoline: Trampoline, outcome: Outcome, frame_open: bool) -> Offer | None:
+        """Load the artifact and prepare the frame's code; None where that ends the attempt."""
+        assert outcome.artifact is not None
+        order, attempt = self._order, self._attempt
+        start = time.perf_counter()
+        try:
+            guarded = trampoline.site is not None
+            compiled = load.load(outcome.artifact, order.parcel.state, order.options, guarded=guarded)
+            attempt.wrappers = compiled.wrappers
+            if not order.repeatable:
+                compiled = compiled._replace(repeatable=False)
+            relations = pickle.loads(outcome.late_guards)
+            if frame_open:
+                order.shapes.guard_on(relations)
+            condition, attempt.late_guards = condition_of(relations, order.shapes)
+            if condition is not None and trampoline.specialiser is None:
+                trampoline.specialiser = Specialiser(order.shapes.sizes, self._specialise, order.limit)
+            offer = Offer(Served.of(attempt, compiled, condition), tuple(self._trials()), self._replaces)
+            if not frame_open:  # an open frame has no code yet
+                trampoline.prepare(offer)
+            return offer
+        except guards.Inexpressible as error:
+            self._give_up(Event.REJECTED, f"a late guard: {error}")
+        except UnusableArtifact as error:
+            self._give_up(Event.REJECTED, str(error))
+        except FrameGone:
+            order.record.abandon()
+        except Exception as error:
+            if service.stopped:  # imports fail while the interpreter exits, and nobody wants to know
+                return None
+            log.info("frame-swap: loading %s failed", order.record, exc_info=True)
+            self._give_up(Event.FAILED, f"loading its compiled code failed: {type(error).__name__}: {error}")
+        finally:
+            attempt.load_s = time.perf_counter() - start
+        return None
+
+    def _trials(self) -> Iterator[Trial]:
+        """What the code has to pass before it is installed."""
+        order = self._order
+        if order.graph is not None:
+            options = {**order.parcel.state.configs["inductor"], **order.options}
+            yield Verification(
+                order.settings.verify,
+                order.graph,
+                self._keep_repro,
+                same_numbers=bool(options.get("fallback_random", False)),
+                repeatable=order.repeatable,
+            )
+        if order.settings.profit:
+            yield Measurement(undisturbed=lambda: service.threads_for_program() is None)
+
+    def _keep_repro(self, arguments: Sequence[Any], difference: str) -> str:
+        order = self._order
+        try:
+            folder = repro.write(order.settings.repro_dir, order.parcel, self._sizes or {}, arguments, difference)
+        except Exception as error:
+            return f"what it takes to repeat that could not be kept: {first_line(error)}"
+        return f"to see it again: {repro.command(folder)}"
+
+    def _specialise(self, sizes: dict[str, int]) -> None:
+        """Compile for other sizes, which no code fits."""
+        request(self._order, Purpose.SIZES, sizes)
+
+    def _give_up(self, event: Event, reason: str) -> None:
+        """The code will not come; calls of other sizes than its may ask for more."""
+        trampoline: Trampoline | None = self._order.record.server
+        self._attempt.fail(event, reason)
+        if trampoline is not None and trampoline.specialiser is not None and self._replaces is None:
+            trampoline.specialiser.resume()
+
+
+def request(
+    order: Order, purpose: Purpose, sizes: dict[str, int] | None = None, replaces: Attempt | None = None
+) -> Attempt:
+    """Compile once more for a region that has been captured; returns the compile's record.
+
+    Args:
+        purpose: BETTER with `replaces`, SIZES with `sizes`.
+        sizes, replaces: as for `Delivery`.
+    """
+    attempt = Attempt(order.record, purpose)
+    try:
+        order.record.begin(attempt)
+        Delivery(order, attempt, sizes, replaces).request()
+    except BaseException:
+        attempt.move(Event.ABANDONED, "it was interrupted while it asked for a compile")
+        raise
+    return attempt
+
+
+@functools.cache
+def _warn_once(remark: str) -> None:
+    with contextlib.suppress(Warning):  # a filter may turn it into an error, which must not reach a call
+        warnings.warn(f"frame-swap: {remark}", FrameSwapWarning, stacklevel=2)

@@ -1,0 +1,20 @@
+"""Regions: captured graphs, the compiles made for each, and the table of what may happen to them."""
+
+from .attempt import Attempt, Purpose
+from .record import Record, records, wait_for_compiles
+from .report import Compile, Region, Report
+from .states import Event, IllegalTransition, State
+
+__all__ = [
+    "Attempt",
+    "Compile",
+    "Event",
+    "IllegalTransition",
+    "Purpose",
+    "Record",
+    "Region",
+    "Report",
+    "State",
+    "records",
+    "wait_for_compiles",
+]

@@ -1,0 +1,135 @@
+"""One compile for a region, from the request to installed code, and what it cost.
+
+Guarantees:
+- The state changes only by the table in states.py. `move` is atomic, and wakes those who wait for compiles.
+- A failure is warned of once. A filter that turns the warning into an error does not make a call raise.
+- When an attempt is abandoned, its job is cancelled, and nothing here keeps the job alive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .registry import changed, lock
+from .report import Compile
+from .states import Event, IllegalTransition, State, following
+
+if TYPE_CHECKING:
+    from .record import Record
+
+log = logging.getLogger(__name__)
+
+STRICT = "FRAME_SWAP_STRICT"
+"""Variable that makes an illegal transition raise, in tests; otherwise it is logged, and the state stays."""
+
+
+class Purpose(enum.StrEnum):
+    """What a compile is for."""
+
+    FIRST = "first"  # the region's first compiled code
+    SIZES = "sizes"  # calls that the late guards of earlier code turn away
+    BETTER = "better"  # better code for calls that compiled code serves already
+
+
+_INSTEAD = {
+    Purpose.FIRST: "stays on its eager code",
+    Purpose.SIZES: "stays on its eager code for calls that its late guards turn away",
+    Purpose.BETTER: "keeps the compiled code that it has",
+}
+
+
+class Attempt:
+    """One compile for a region. The attributes are those of `Compile`, live.
+
+    Args:
+        record: the region.
+        purpose: what it is for.
+    """
+
+    def __init__(self, record: Record, purpose: Purpose = Purpose.FIRST) -> None:
+        self._record = record
+        self.purpose = purpose
+        self.state = State.PENDING
+        self.reason = ""
+        self.queue_s: float | None = None
+        self.compile_s: float | None = None
+        self.load_s: float | None = None
+        self.install_s: float | None = None
+        self.artifact_bytes: int | None = None
+        self.late_guards: tuple[str, ...] = ()
+        self.wrappers: tuple[str, ...] = ()
+        self.verified = 0
+        self.profit = ""
+        self.worker_pid: int | None = None
+        self.compile_span: tuple[float, float] | None = None
+        self.installed_at: float | None = None
+        self._cancel: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Attempt {self.purpose} of {self._record.compile_id} {self._record.frame}: {self.state}>"
+
+    @property
+    def outcome(self) -> str:
+        """The reason, in words that fit the region where other code is installed."""
+        if self.reason and self.purpose is not Purpose.FIRST and self.state in (State.FAILED, State.REJECTED):
+            return f"it {_INSTEAD[self.purpose]}: {self.reason}"
+        return self.reason
+
+    def row(self) -> Compile:
+        """The attempt as it is now, as a frozen row of the report."""
+        with lock:
+            return Compile(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Compile)})
+
+    def move(self, event: Event, reason: str = "") -> bool:
+        """`event` has happened; False where it changes nothing.
+
+        Raises:
+            IllegalTransition: the table does not allow it, and FRAME_SWAP_STRICT is set.
+        """
+        with lock:
+            try:
+                new = following(self.state, event)
+            except IllegalTransition:
+                if os.environ.get(STRICT):
+                    raise
+                log.error("frame-swap: a mistake in frame-swap; the program is not affected", exc_info=True)
+                return False
+            if new is self.state and event is not Event.INSTALLED:
+                return False
+            self.state, self.reason = new, reason
+            changed.notify_all()
+            return True
+
+    def fail(self, event: Event, reason: str) -> None:
+        """Its code will not come, or is not to be used (`event`: FAILED or REJECTED): one warning says why."""
+        if self.move(event, reason):
+            self.cancel_job()
+            self._record.warn(f"{_INSTEAD[self.purpose]}: {reason}")
+
+    def began(self, cancel: Callable[[], None]) -> None:
+        """A job was submitted, which `cancel` cancels."""
+        self._cancel = cancel
+        if self.state is not State.PENDING or self.compile_s is not None:  # the frame went, or the outcome came
+            self.cancel_job()
+
+    def cancel_job(self) -> None:
+        """Drop the job, if one is queued or under way, and what it holds."""
+        cancel, self._cancel = self._cancel, None
+        if cancel is not None:
+            cancel()
+
+    def compiled(self, submitted: float, started: float, finished: float, pid: int) -> None:
+        """The compile was asked for, began and ended at these times (seconds since the epoch), in process `pid`."""
+        self.queue_s, self.compile_s = max(0.0, started - submitted), finished - started
+        self.compile_span, self.worker_pid = (started, finished), pid or None
+        self._cancel = None  # nothing is left to cancel, and the job holds the artifact
+
+    def forked(self) -> None:
+        """This is a forked child: what was under way is the parent's."""
+        self._cancel = None  # the job's locks may be held by threads that do not exist here
+        self.move(Event.FORKED, "the process was forked while this was compiling")

@@ -1,0 +1,23 @@
+"""The lock of all regions, and the condition that wakes those who wait for compiles.
+
+Guarantees:
+- The lock is reentrant and held for moments only; no code of the user's runs under it.
+- A forked child finds it free.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+lock = threading.RLock()  # taken itself, not through the condition, which an interrupt can leave locked
+changed = threading.Condition(lock)
+
+
+def _renew_in_child() -> None:
+    lock._at_fork_reinit()  # type: ignore[attr-defined]
+    changed.__init__(lock)  # type: ignore[misc]  # its waiters are the parent's threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_in_child)
