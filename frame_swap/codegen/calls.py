@@ -144,65 +144,8 @@ def _box_arguments(instructions: Bytecode, at: int) -> None:
     instructions[ready:end] = [Instr("BUILD_LIST", arguments), *calls]
 
 
-def call_instead(
-    code: CodeType,
-    old: object,
-    new: object,
-    boxed: Callable[[list[Any]], Any] | None = None,
-    recover: Recover | None = None,
-) -> CodeType:
-    """`code` with `new` called in place of the constant `old`; or `boxed`, with the arguments in one list.
-
-    Where that raises an `Exception`, `recover` is called.
-
-    Raises:
-        Indirect: as `direct_calls`.
-    """
-    instructions = Bytecode.from_code(code)
-    for at in find(instructions, lambda i: i.name == "LOAD_CONST" and i.arg is old):
-        callee = new
-        if recover is not None:
-            at += _recover_from_errors(instructions, at, recover)
-        if boxed is not None:
-            ready, _ = _ready_for_call(instructions, at)
-            if cast(Instr, instructions[ready]).name == FIRST_OF_CALL:  # no condition stands in between
-                _box_arguments(instructions, at)
-                callee = boxed
-        instructions[at] = Instr("LOAD_CONST", callee)
-    return instructions.to_code()
-
-
-def call_if(
-    code: CodeType, condition: Condition, old: object, new: object, recover: Recover | None = None
-) -> CodeType:
-    """`code` with `new` called in place of the constant `old` where `condition` holds; decided inline, each time.
-
-    Where what is called raises an `Exception`, be it `new` or `old`, `recover` is called. May be used again on its
-    own result: of conditions that hold, the first one added decides.
-
-    Raises:
-        Indirect: as `direct_calls`.
-    """
-    instructions = Bytecode.from_code(code)
-    for at in find(instructions, lambda i: i.name == "LOAD_CONST" and i.arg is old):
-        if recover is not None:
-            at += _recover_from_errors(instructions, at, recover)
-        ready, arguments = _ready_for_call(instructions, at)
-        differs = Label()
-        instructions[ready:ready] = [
-            *conditions.inline(condition, arguments),
-            pop_jump_if(False, differs),
-            *_replace_callee(new, arguments),
-            differs,
-        ]
-    return instructions.to_code()
-
-
 def _ready_for_call(instructions: Bytecode, at: int) -> tuple[int, int]:
-    """The index of the call of what the instruction at `at` pushes, and the number of its arguments.
-
-    Of the conditions that stand before the call already, the index of the first.
-    """
+    """Index of the call of the callee that the instruction at `at` pushes, and its argument count."""
     above = 0  # how much is on the stack above the callee
     above_at: dict[Label, int] = {}  # the same at the labels that code so far jumps to
     for position, instruction in enumerate(instructions[at + 1 :], at + 1):
@@ -213,8 +156,6 @@ def _ready_for_call(instructions: Bytecode, at: int) -> tuple[int, int]:
         arguments = above - NULL_ABOVE
         if instruction.name == FIRST_OF_CALL and instruction.arg == arguments:
             return position, arguments
-        if instruction.name == "STORE_FAST" and str(instruction.arg).startswith(conditions.LOCALS):
-            return position - 1, arguments - 1  # a copy of an argument is pushed right before it
         if isinstance(instruction.arg, Label):
             above_at[instruction.arg] = above + instruction.stack_effect(jump=True)
         above += instruction.stack_effect(jump=False)

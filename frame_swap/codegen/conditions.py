@@ -31,7 +31,7 @@ def predicate(condition: Condition) -> Callable[..., bool]:
 
 def inline(condition: Condition, arguments: int) -> list[Instr | Label]:
     """Instructions that push whether `condition` holds, to stand right before a call with that many arguments."""
-    names = {name: f"{LOCALS}{name}" for name in condition.inputs}
+    names = {name: f"{_PREFIX}{name}" for name in condition.inputs}
     copies = [
         instruction
         for name, which in condition.inputs.items()
@@ -40,7 +40,7 @@ def inline(condition: Condition, arguments: int) -> list[Instr | Label]:
     return [*copies, *_expression(condition.source, names)]
 
 
-LOCALS = "frame_swap:"
+_PREFIX = "frame_swap:"
 """The prefix of the locals that `inline` adds to a frame; no identifier begins so, and no local of the frame."""
 
 

@@ -51,7 +51,7 @@ class Specialiser:
             self._compile(sizes)
             taken.clear()  # `resume` gives it back
         finally:
-            if any(taken):
+            if taken and taken[0]:  # no call, in which an interrupt could come before the release
                 self._busy.release()  # last: another call may ask from then on
 
     def resume(self) -> None:

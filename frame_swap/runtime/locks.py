@@ -31,5 +31,5 @@ def call_holding(lock: Any, call: Callable[[], object], *, wait: bool = False) -
             call()
         return taken[0]
     finally:
-        if any(taken):
+        if taken and taken[0]:  # no call, in which an interrupt could come before the release
             lock.release()

@@ -19,16 +19,10 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[2]
 
-NOT_YET: dict[str, tuple[str, ...]] = {
-    "layers": ("__init__", "region", "reporting", "ui"),
-    "private_names": ("region",),
-}
-"""Rooms that are still exempt from a rule."""
-
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_tree_keeps(name: str) -> None:
-    found = [v for v in RULES[name](ROOT) if source_tree.room(v.module) not in NOT_YET.get(name, ())]
+    found = RULES[name](ROOT)
     assert not found, "\n".join(map(str, found))
 
 

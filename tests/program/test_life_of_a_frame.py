@@ -20,6 +20,8 @@ from frame_swap import FrameSwapWarning, State, backend, delivery, errors
 from frame_swap.frames import cache_entry
 from frame_swap.internals import dynamo
 from frame_swap.serving import pair
+from frame_swap.shipping.parcel import Parcel
+from frame_swap.shipping.process_state import ProcessState
 
 pytestmark = pytest.mark.fast
 
@@ -175,7 +177,8 @@ def test_a_delay_holds_back_what_is_finished() -> None:
 
 def test_two_workers_compile_two_graphs_at_once() -> None:
     frame_swap.configure(workers=2)
-    delivery.service.submit(b"", lambda outcome: None)  # starts both; they come up together
+    nothing = Parcel(b"", b"", ProcessState.capture(set()))
+    delivery.service.submit(nothing, lambda outcome: None)  # starts both; they come up together
     for function in (lambda x: (x.sin() @ x).relu(), lambda x: (x.cos() @ x).tanh()):
         torch.compile(function, backend="frame_swap")(torch.randn(16, 16))
     first, second = live(frame_swap.wait())
