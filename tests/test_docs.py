@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 import frame_swap
 from frame_swap import __main__, settings
+from frame_swap.region import states
 
 pytestmark = pytest.mark.quick
 
@@ -24,6 +26,8 @@ DOCUMENTS = sorted(
     if not any(part.startswith(".") or part in ("build", "dist") for part in path.relative_to(ROOT).parts)
 )
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+BLOCK = re.compile(r"(<!-- states: [^\n]*-->\n)(.*?)(<!-- end of states -->\n)", re.DOTALL)
 
 
 @pytest.fixture(params=DOCUMENTS, ids=NAMES)
@@ -92,7 +96,9 @@ def test_readme_lists_every_setting() -> None:
 def test_readme_lists_every_state() -> None:
     text = (ROOT / "README.md").read_text().partition("| state |")[2].partition("\n\n")[0]
     first_cells = re.findall(r"^\|([^|]*)\|", text, re.MULTILINE)
-    assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(map(str, frame_swap.State))
+    assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(
+        set(map(str, frame_swap.State)) - {"replaced"}
+    )  # of a compile only
 
 
 def test_every_page_is_reachable_from_the_readme() -> None:
@@ -107,6 +113,33 @@ def test_every_page_is_reachable_from_the_readme() -> None:
             if file.suffix == ".md" and file.exists():
                 waiting.append(file)
     assert set(DOCUMENTS) <= seen
+
+
+def test_architecture_has_the_table_of_states_as_in_the_code() -> None:
+    text = ARCHITECTURE.read_text()
+    assert BLOCK.search(text).group(2) == _states(), "`python tests/test_docs.py` writes the table anew"
+    events = text.partition("| event |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| ([a-z ]+) \|", events, re.MULTILINE) == [str(event) for event in states.Event]
+
+
+def test_architecture_has_every_room() -> None:
+    tree = ARCHITECTURE.read_text().partition("\nframe_swap/\n")[2].partition("\nguards/")[0]
+    listed = set(re.findall(r"^  (\w+)", tree, re.MULTILINE))
+    there = {path.stem for path in (ROOT / "frame_swap").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert listed == {name for name in there - {"guards", "__pycache__"} if not name.startswith(".")}
+
+
+def _states() -> str:
+    """The table of transitions, as Markdown."""
+    lines = ["| state | changes: event → state | ignores |", "|---|---|---|"]
+    for state, row in states.TRANSITIONS.items():
+        changes = ", ".join(f"{event} → `{after}`" for event, after in row.items() if after is not state)
+        ignored = ", ".join(str(event) for event, after in row.items() if after is state)
+        lines.append(f"| `{state}` | {changes} | {ignored} |")
+    order = sorted(states.State, key=functools.cmp_to_key(lambda a, b: -1 if states.leading((a, b)) is a else 1))
+    lines += ["", "A region has the first of these states that one of its attempts has:"]
+    lines += [", ".join(f"`{state}`" for state in order) + "."]
+    return "\n".join(lines) + "\n"
 
 
 def _links(text: str) -> list[str]:
@@ -143,3 +176,7 @@ def _commands(text: str) -> Iterator[list[str]]:
 def _extras() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return set(project["optional-dependencies"])
+
+
+if __name__ == "__main__":
+    ARCHITECTURE.write_text(BLOCK.sub(lambda found: found[1] + _states() + found[3], ARCHITECTURE.read_text()))
