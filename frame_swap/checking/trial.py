@@ -35,10 +35,6 @@ class Findings:
     verified: int | None = None
     profit: str | None = None
 
-    def known(self) -> dict[str, int | str]:
-        """The results that this trial has, by name."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-
 
 class Trial(abc.ABC):
     """Serves calls of a region, one at a time, until there is a verdict.

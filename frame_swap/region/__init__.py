@@ -1,9 +1,9 @@
 """Regions: captured graphs, the compiles made for each, and the table of what may happen to them."""
 
-from .attempt import Attempt, Purpose
+from .attempt import Attempt
 from .record import Record, records, wait_for_compiles
 from .report import Compile, Region, Report
-from .states import Event, IllegalTransition, State
+from .states import Event, IllegalTransition, Purpose, State
 
 __all__ = [
     "Attempt",

@@ -9,7 +9,6 @@ Guarantees:
 from __future__ import annotations
 
 import dataclasses
-import enum
 import logging
 import os
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .registry import changed, lock
 from .report import Compile
-from .states import Event, IllegalTransition, State, following
+from .states import Event, IllegalTransition, Purpose, State, following
 
 if TYPE_CHECKING:
     from .record import Record
@@ -26,14 +25,6 @@ log = logging.getLogger(__name__)
 
 STRICT = "FRAME_SWAP_STRICT"
 """Variable that makes an illegal transition raise, in tests; otherwise it is logged, and the state stays."""
-
-
-class Purpose(enum.StrEnum):
-    """What a compile is for."""
-
-    FIRST = "first"  # the region's first compiled code
-    SIZES = "sizes"  # calls that the late guards of earlier code turn away
-    BETTER = "better"  # better code for calls that compiled code serves already
 
 
 _INSTEAD = {

@@ -15,10 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .states import State
-
-if TYPE_CHECKING:
-    from .attempt import Purpose
+from .states import Purpose, State
 
 WIDTH = 80
 

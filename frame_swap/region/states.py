@@ -1,4 +1,4 @@
-"""The states of a compile, the events that change them, and the one table that says which may follow which.
+"""What a compile is for, its states, the events that change them, and the one table that says which may follow.
 
 A compile for a region is an *attempt*. The state of a region follows from those of its attempts; see `leading`.
 
@@ -26,6 +26,14 @@ class State(enum.StrEnum):
     STALE = "stale"  # the frame was gone before compiled code came
     FOREGROUND = "foreground"  # could not be shipped: stock Inductor compiled it in the caller
     EAGER = "eager"  # on eager code for good: when="never"
+
+
+class Purpose(enum.StrEnum):
+    """What a compile is for."""
+
+    FIRST = "first"  # the region's first compiled code
+    SIZES = "sizes"  # calls that the late guards of earlier code turn away
+    BETTER = "better"  # better code for calls that compiled code serves already
 
 
 class Event(enum.StrEnum):

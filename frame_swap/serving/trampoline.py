@@ -35,13 +35,13 @@ import torch
 
 from .. import settings
 from ..artifacts.compiled import is_repeatable
-from ..checking.trial import Sides, Trial
+from ..checking.trial import Findings, Sides, Trial
 from ..codegen.calls import Target
 from ..errors import FrameGone, Indirect, UnknownLayout, first_line
 from ..frames.call_site import Calls, CallSite, Rewrite
 from ..internals import aot, dynamo
 from ..late_guards.specialiser import Specialiser
-from ..region import Event, Purpose, Record, State
+from ..region import Attempt, Event, Purpose, Record, State
 from ..runtime import locks
 from .plan import Offer, Plan, Served, planned
 
@@ -197,8 +197,7 @@ class Trampoline:
                     try:
                         return trial.call(sides, args)
                     finally:
-                        offer.attempt.verified = trial.findings.verified or 0
-                        offer.attempt.profit = trial.findings.profit or ""
+                        _note(offer.attempt, trial.findings)
                         if trial.verdict is not None:
                             self._end_trial(offer, trial)
         return call_current(*args)
@@ -385,3 +384,11 @@ class Trampoline:
         with suppress(FrameGone, Indirect, UnknownLayout):  # nobody calls it, or nothing was rewritten
             if self.site is not None:
                 self.site.redirect(self._rewrite(plan))
+
+
+def _note(attempt: Attempt, findings: Findings) -> None:
+    """Put what a trial has found into the report."""
+    if findings.verified is not None:
+        attempt.verified = findings.verified
+    if findings.profit is not None:
+        attempt.profit = findings.profit
