@@ -18,22 +18,9 @@ from concurrent.futures import Executor
 from typing import Any, Literal, ParamSpec, get_args
 
 from .errors import nearest
+from .runtime.machine import default_workers
 
 When = Literal["ready", "wait", "manual", "never"]
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may use: its affinity mask, not what the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_workers() -> int:
-    """Worker processes for this machine: half of the usable CPUs, at least 1 and at most 4.
-
-    The other half is the program's own, and each worker's compilers run beside it. Each worker takes half a
-    gigabyte, 1.6 more of a GPU's memory where it compiles for one, and seconds to start.
-    """
-    return max(1, min(4, usable_cpus() // 2))
 
 
 # --- How a field is described ---

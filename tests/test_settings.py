@@ -17,6 +17,7 @@ from helpers import live
 
 import frame_swap
 from frame_swap import FrameSwapWarning, State, delivery, settings
+from frame_swap.runtime import machine
 
 pytestmark = pytest.mark.quick
 
@@ -111,8 +112,8 @@ def test_the_documentation_lists_each_setting() -> None:
 
 def test_the_number_of_workers_follows_the_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for cpus, workers in ((1, 1), (2, 1), (4, 2), (64, 4)):
-        monkeypatch.setattr(settings, "usable_cpus", lambda cpus=cpus: cpus)
-        assert settings.default_workers() == workers
+        monkeypatch.setattr(machine, "usable_cpus", lambda cpus=cpus: cpus)
+        assert machine.default_workers() == workers
 
 
 @pytest.mark.parametrize(

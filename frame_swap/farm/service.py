@@ -26,7 +26,6 @@ import functools
 import logging
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from typing import Any
 from .. import settings
 from ..artifacts import load
 from ..errors import first_line
+from ..runtime import machine
 from ..shipping.parcel import Parcel
 from .compile import compile_graph
 from .local.pool import Lost, Pool, Terms, kill_all, register_at_exit
@@ -142,7 +142,7 @@ class Service:
         """How many threads leave our workers a core each; None while they compile nothing."""
         pool = self._pool
         busy = min(self._compiling, pool.terms.size) if pool is not None else 0
-        return max(1, settings.usable_cpus() - busy) if busy > 0 else None
+        return machine.threads_beside(busy)
 
     @property
     def stopped(self) -> bool:
@@ -178,7 +178,7 @@ class Service:
             wished.workers,
             wished.idle_timeout,
             wished.memory_limit * 1e9,
-            max(1, settings.usable_cpus() // wished.workers),
+            machine.compilers_per_worker(wished.workers),
         )
         with self._lock:
             if self._stopped:
@@ -220,21 +220,7 @@ class Service:
                 self._loader = ThreadPoolExecutor(1, thread_name_prefix="frame-swap-loader")
             loader = self._loader
         with contextlib.suppress(RuntimeError):  # shut down in between
-            loader.submit(_run_courteously, call).add_done_callback(_log_failure)
-
-
-def _run_courteously(call: Callable[[], None]) -> None:
-    """Run `call`, handing the GIL over after at most half a millisecond.
-
-    A thread that wants the GIL back waits for the switch interval, 5 ms by default, and the program's calls
-    want it back after each op.
-    """
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(min(usual, 0.0005))
-    try:
-        call()
-    finally:
-        sys.setswitchinterval(usual)
+            loader.submit(machine.run_courteously, call).add_done_callback(_log_failure)
 
 
 def _log_failure(future: Future[None]) -> None:

@@ -7,15 +7,14 @@ Guarantees:
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..farm.service import service
-from ..internals import aot, eager, fake_tensors
+from ..internals import aot, fake_tensors
+from ..runtime import openmp
 
 Boxed = Callable[[list[Any]], Any]
 
@@ -53,17 +52,7 @@ def _eager(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
         return run
 
     def run_beside_workers(args: list[Any]) -> Any:
-        threads = service.threads_for_program()
-        if threads is None or threads >= (usual := torch.get_num_threads()) or (openmp := _openmp()) is None:
-            return run(args)
-        openmp.set_threads(threads)
-        usual_mkl = openmp.set_mkl_threads(threads)
-        openmp.end_idle_threads()
-        try:
-            return run(args)
-        finally:
-            openmp.set_threads(usual)
-            openmp.set_mkl_threads(usual_mkl)
+        return openmp.call_on_threads(service.threads_for_program(), run, args)
 
     aot.mark_boxed(run_beside_workers)
     return run_beside_workers
@@ -95,39 +84,3 @@ def _uncounted_changes(gm: torch.fx.GraphModule, run: Boxed) -> Boxed:
 
     aot.mark_boxed(run_uncounted)
     return run_uncounted
-
-
-class _OpenMP(NamedTuple):
-    """The libraries that PyTorch's ops get their threads from, as far as they are about the calling thread.
-
-    Attributes:
-        set_threads: the most threads of an op.
-        set_mkl_threads: the same for MKL's, 0 for those of OpenMP; returns what it was.
-        end_idle_threads: end those that this thread's earlier ops left spinning on a core (up to 15 ms each time).
-    """
-
-    set_threads: Callable[[int], object]
-    set_mkl_threads: Callable[[int], int]
-    end_idle_threads: Callable[[], object]
-
-
-@functools.cache
-def _openmp() -> _OpenMP | None:
-    """None where PyTorch does not use OpenMP, or one that cannot be found."""
-    usual = torch.get_num_threads()
-    for path in (None, eager.library_file()):  # one that the program was started with comes before PyTorch's own
-        try:
-            library = ctypes.CDLL(path)
-            set_threads = library.omp_set_num_threads
-            before = library.omp_get_max_threads()
-        except (OSError, TypeError, AttributeError):
-            continue
-        set_threads(before + 1)
-        is_pytorchs = torch.get_num_threads() != usual
-        set_threads(before)
-        if is_pytorchs:
-            set_mkl_threads = getattr(ctypes.CDLL(eager.library_file()), "MKL_Set_Num_Threads_Local", lambda _: 0)
-            pause = getattr(library, "omp_pause_resource_all", lambda _: 0)
-            omp_pause_soft = 1
-            return _OpenMP(set_threads, set_mkl_threads, functools.partial(pause, omp_pause_soft))
-    return None

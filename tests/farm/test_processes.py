@@ -96,4 +96,4 @@ def test_workers_start_when_the_backend_is_named_and_not_before(run_program: Any
         print(before, len(service.worker_pids()))
         """
     )
-    assert done.stdout.split() == ["0", str(frame_swap.settings.default_workers())]
+    assert done.stdout.split() == ["0", str(frame_swap.runtime.machine.default_workers())]

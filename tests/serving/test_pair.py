@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 import frame_swap
+from frame_swap.runtime import openmp
 from frame_swap.serving import pair
 
 pytestmark = pytest.mark.fast
@@ -41,7 +42,7 @@ def three_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("three_threads")
-@pytest.mark.skipif(pair._openmp() is None, reason="this PyTorch does not use OpenMP")
+@pytest.mark.skipif(openmp.library() is None, reason="this PyTorch does not use OpenMP")
 def test_fewer_threads_meanwhile_and_for_the_calling_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     frame_swap.configure(when="never")
     free: list[int | None] = [None, 2, 1, 5]

@@ -45,19 +45,14 @@ import psutil
 from loky import process_executor
 
 from ...errors import first_line
-from ...runtime import forks
+from ...runtime import forks, machine
 from . import worker
-
-NICENESS = 2
-"""How far workers and their compilers stand back behind the program. Where they have a core of their own it does
-not matter. Where they have none, more would starve them: at 10, a program that keeps two cores busy waits for
-its swap for minutes; at 0, its steps take twice as long as at 2 and the swap comes no sooner."""
 
 GROWTH = 500_000_000
 """A process that holds so many bytes more than after one of its calls is replaced: Inductor keeps a lot."""
 
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # workers trace with the program's number of threads: who waits must not spin
+    **machine.WORKER_ENVIRONMENT,
     "PYTHONSAFEPATH": "1",  # nothing is imported from the directory that they start in
     "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",  # loky may replace one while it gets its next call, and warns of it
 }
@@ -114,7 +109,7 @@ class Process:
         self.ended = self._running = self._overdue = False
         self._least = math.inf
         self.folder = Path(tempfile.mkdtemp(prefix="frame-swap-"))  # 0700
-        arguments = (os.getpid(), NICENESS, terms.compilers, str(self.folder), terms.memory_limit)
+        arguments = (os.getpid(), machine.NICENESS, terms.compilers, str(self.folder), terms.memory_limit)
         try:
             self._executor = loky.ProcessPoolExecutor(
                 1, initializer=worker.initialize, initargs=arguments, env=ENVIRONMENT

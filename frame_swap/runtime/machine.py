@@ -1,0 +1,58 @@
+"""How the program and the workers share the machine. All numbers of this policy are here.
+
+The program comes first. Workers take half of the CPUs at most, run at a lower priority, and do not spin. While
+they compile, the eager code leaves each of them a core. The thread that loads their results gives the GIL back
+early.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+NICENESS = 2
+"""By how much the priority of workers and their compilers is below the program's. Where they have a core of their
+own it does not matter. Where they have none, more would starve them: at 10, a program that keeps two cores busy
+waits for its swap for minutes; at 0, its steps take twice as long as at 2 and the swap comes no sooner."""
+
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+"""Workers trace with the program's number of threads: a thread that waits must not spin."""
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds until the loader's thread gives the GIL to a thread that wants it. The program's calls want it back after
+each op, and Python's default is 5 ms."""
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use: its affinity mask, not what the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Worker processes for this machine: half of the usable CPUs, at least 1 and at most 4.
+
+    The other half is the program's own, and each worker's compilers run beside it. Each worker takes half a
+    gigabyte, 1.6 more of a GPU's memory where it compiles for one, and seconds to start.
+    """
+    return max(1, min(4, usable_cpus() // 2))
+
+
+def compilers_per_worker(workers: int) -> int:
+    """How many compilers each of `workers` processes may run at a time."""
+    return max(1, usable_cpus() // workers)
+
+
+def threads_beside(busy_workers: int) -> int | None:
+    """How many threads leave a core to each busy worker, at least 1; None if no worker is busy."""
+    return max(1, usable_cpus() - busy_workers) if busy_workers > 0 else None
+
+
+def run_courteously(call: Callable[[], None]) -> None:
+    """Make `call`, and meanwhile let other threads have the GIL after at most `SWITCH_INTERVAL`."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, SWITCH_INTERVAL))
+    try:
+        call()
+    finally:
+        sys.setswitchinterval(usual)

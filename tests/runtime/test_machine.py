@@ -1,0 +1,48 @@
+"""The policy by which program and workers share the machine."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from frame_swap.runtime import machine
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(params=[1, 2, 8])
+def cpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    count: int = request.param
+    monkeypatch.setattr(machine, "usable_cpus", lambda: count)
+    return count
+
+
+def test_idle_workers_cost_the_program_no_thread(cpus: int) -> None:
+    assert machine.threads_beside(0) is None
+
+
+def test_each_busy_worker_has_a_core_as_long_as_the_program_keeps_one(cpus: int) -> None:
+    for busy in range(1, 10):
+        assert machine.threads_beside(busy) == max(1, cpus - busy)
+
+
+def test_compilers_of_all_workers_fit_the_cpus(cpus: int) -> None:
+    for workers in range(1, 10):
+        each = machine.compilers_per_worker(workers)
+        assert each >= 1
+        assert each == 1 or each * workers <= cpus
+
+
+def test_a_courteous_call_sees_a_short_switch_interval_which_ends_with_it() -> None:
+    usual = sys.getswitchinterval()
+    seen: list[float] = []
+
+    def fail() -> None:
+        seen.append(sys.getswitchinterval())
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        machine.run_courteously(fail)
+    assert seen == [pytest.approx(min(usual, machine.SWITCH_INTERVAL))]
+    assert sys.getswitchinterval() == usual
