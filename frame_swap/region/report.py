@@ -170,7 +170,7 @@ class Report:
         table.add_column("frame", overflow="fold")
         for title in ("id", "state"):
             table.add_column(title, no_wrap=True)
-        for title in ("eager\ncalls", "ship\ns", "queue\ns", "compile\ns", "load\ns", "install\nms"):
+        for title in ("eager\ncalls", "ship\ns", "queue\ns", "comp.\ns", "load\ns", "inst.\nms"):
             table.add_column(title, justify="right", no_wrap=True)
         for region in self.regions:
             shared = _short(region.frame), region.compile_id, region.state, str(region.pair_calls)

@@ -194,7 +194,7 @@ def test_locks_that_other_threads_hold(run_program: Any) -> None:
             with lock:
                 begin.wait()
                 release.wait()
-        locks = service._lock, region._lock, dispatch._changing, executor()._shutdown_lock, handler.lock
+        locks = service._lock, region.registry.lock, dispatch._changing, executor()._shutdown_lock, handler.lock
         for lock in locks:
             in_background(lambda lock=lock: hold(lock))
         begin.wait()

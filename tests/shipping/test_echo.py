@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch._inductor.select_algorithm  # what importing it says is heard before we listen
-from helpers import live
 from torch._dynamo.utils import compilation_time_metrics, counters
 from torch._inductor import metrics
 from torch._inductor.utils import fresh_cache, run_and_get_code
@@ -266,7 +265,7 @@ def test_a_failing_compile_is_heard(listener: Listener, tmp_path: Path) -> None:
     no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))})
     with no_compiler, fresh_cache(dir=str(tmp_path)), pytest.warns(frame_swap.FrameSwapWarning):
         torch.compile(lambda x: x.sin() + 1, backend="frame_swap")(torch.randn(8))
-        (region,) = live(frame_swap.wait())
+        (region,) = frame_swap.wait().regions
     assert region.state is State.FAILED
     steps = [r.getMessage() for r in listener.records if "compiling FORWARDS" in r.getMessage()]
     assert len(steps) == 1
