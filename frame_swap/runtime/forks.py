@@ -17,12 +17,12 @@ which forks may hold. Where that cannot be so (the lock of an import), patience 
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 from typing import Any
 
 from ..internals import dynamo, probe
+from .locks import acquire_each
 
 PATIENCE = 10.0
 """Loading takes a tenth of this. A fork that has waited for so long goes ahead."""
@@ -42,8 +42,7 @@ def lock() -> Any:
 def _before() -> None:
     taken: list[bool] = []
     _own.taken = taken
-    # C code calls `acquire` and keeps the answer: no interrupt can come in between.
-    taken.extend(map(operator.methodcaller("acquire", timeout=PATIENCE), _locks))
+    acquire_each(_locks, taken, timeout=PATIENCE)
 
 
 def _after_in_parent() -> None:
