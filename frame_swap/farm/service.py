@@ -1,22 +1,22 @@
-"""The workers, and the thread that loads what they send back.
+"""The service that queues compiles, and the thread that delivers their outcomes.
 
 Guarantees:
-- `submit` does not wait for a compile and does not raise: what goes wrong reaches `deliver`, or who waits, as
-  an `Outcome` with `error` set.
-- A worker that is lost fails the compile that it ran, at the second attempt, and no other: see pool.py.
-- `deliver` is called at most once per job, always on the loader thread, one at a time. It is not called for a
+- `submit` neither waits for a compile nor raises. A failure reaches `deliver`, or the caller of `Job.wait`, as an
+  `Outcome` with `error` set.
+- A lost worker fails only the compile that it ran, and only at the second attempt; see pool.py.
+- `deliver` is called at most once per job, always on the loader thread, one job at a time. It is not called for a
   job that was cancelled in time, nor while the interpreter exits.
-- `Job.cancel` never waits. A compile that has begun runs on in its worker; its outcome is dropped, and there is no
-  second attempt.
-- Once an outcome is delivered, or its job cancelled, nothing here holds it: the artifact's bytes may go.
+- `Job.cancel` never waits. A compile that has begun runs on in its worker; its outcome is dropped, and it is not
+  tried again.
+- After an outcome is delivered, or its job cancelled, nothing here holds the artifact's bytes.
 - At exit nothing is waited for: workers are killed together with their compilers.
-- A forked child starts with no workers and no jobs of its parent's; it gets workers of its own when it needs
-  them. The parent's are not touched. A fork waits while another thread starts workers.
-- `Job.cancel` may be called anywhere, from a finalizer too: it takes no lock that the interrupted thread could hold
-  and not take again.
+- A forked child starts without workers and without jobs. It gets workers of its own when it needs them, and does
+  not touch its parent's. A fork waits while another thread starts workers.
+- `Job.cancel` may be called anywhere, also from a finalizer: it takes no lock that the interrupted thread might
+  hold and could not take again.
 
-Assumed: one lock guards the pool and the loader; neither is used while it is held, except to create them. What a
-user's executor guarantees is its own affair: nothing is tried again there.
+Assumed: one lock guards the pool and the loader. Nothing of theirs is called under it, except to create them. A
+user's executor gives its own guarantees: nothing is tried again there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody waits for its outcome."""
+        """Whether its outcome is still wanted."""
         return not self._cancelled
 
     def cancel(self) -> None:
@@ -72,7 +72,7 @@ class Job:
             hold.cancel()
 
     def wait(self) -> Outcome:
-        """Block until the compile has ended, for who cannot go on without it."""
+        """Block until the compile has ended, and return its outcome; for callers that need the result."""
         futures.wait([self._future])
         time.sleep(self._delay)
         return _outcome(self._future)
@@ -82,7 +82,7 @@ class Job:
         self._hold = threading.Timer(self._delay, finish)
         self._hold.daemon = True
         self._hold.start()
-        if self._cancelled:  # in between
+        if self._cancelled:  # meanwhile
             self.cancel()
 
     def _run_delivery(self, outcome: Outcome) -> None:
@@ -93,27 +93,27 @@ class Job:
 
 
 class Service:
-    """Sends parcels to an executor and outcomes to whoever asked."""
+    """Sends parcels to an executor, and outcomes to the callables that want them."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._pool: Pool | None = None
-        self._compiling = 0  # jobs in our own workers
+        self._compiling = 0  # jobs in frame-swap's own workers
         self._loader: ThreadPoolExecutor | None = None
         self._stopped = False
 
     def start(self) -> None:
-        """Start the workers, so that they import torch while the program goes on. Returns at once."""
+        """Start the workers and return at once: they import torch while the program runs on."""
         needed = settings.current().executor is None and not settings.disabled()
-        # Not in a child that multiprocessing made: a DataLoader's worker imports the user's module, and no more.
-        # While it does, where it was spawned, it must not start processes.
+        # Start none in a child of multiprocessing: a DataLoader's worker only imports the user's module, and while
+        # a spawned child imports it, the child must not start processes.
         importing = getattr(multiprocessing.current_process(), "_inheriting", False)
         if needed and multiprocessing.parent_process() is None and not importing:
             with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
                 self._own_pool().start()
 
     def submit(self, parcel: Parcel, deliver: Deliver | None, sizes: dict[str, int] | None = None) -> Job:
-        """Have `parcel` compiled, for other `sizes` than it was traced with where they are given.
+        """Compile `parcel`; with `sizes`, for these sizes in place of those that it was traced with.
 
         `deliver` gets the outcome; where it is None, the caller takes it from the job.
         """
@@ -139,7 +139,7 @@ class Service:
         return job
 
     def threads_for_program(self) -> int | None:
-        """How many threads leave our workers a core each; None while they compile nothing."""
+        """The number of threads that leaves each busy worker a core; None while none compiles."""
         pool = self._pool
         busy = min(self._compiling, pool.terms.size) if pool is not None else 0
         return machine.threads_beside(busy)
@@ -150,7 +150,7 @@ class Service:
         return self._stopped
 
     def worker_pids(self) -> list[int]:
-        """Process ids of our own workers, for tests and the curious."""
+        """PIDs of frame-swap's own workers."""
         with self._lock:
             return self._pool.pids() if self._pool is not None else []
 
@@ -169,7 +169,7 @@ class Service:
         self.__init__()  # type: ignore[misc]
 
     def _submit_to_pool(self, call: Callable[[], Any], wanted: Callable[[], bool] = lambda: True) -> Future[Any]:
-        with self._lock:  # nobody else retires it in between
+        with self._lock:  # so that no other thread retires the pool meanwhile
             return self._own_pool().submit(call, settings.current().job_timeout, wanted)
 
     def _own_pool(self) -> Pool:
@@ -184,7 +184,7 @@ class Service:
             if self._stopped:
                 raise RuntimeError("the interpreter is shutting down")
             if self._pool is not None and self._pool.terms != terms:
-                self._pool.retire()  # what was submitted is finished and delivered
+                self._pool.retire()  # jobs that were submitted are still finished and delivered
                 self._pool = None
             if self._pool is None:
                 self._pool = Pool(terms)
@@ -219,7 +219,7 @@ class Service:
             if self._loader is None:
                 self._loader = ThreadPoolExecutor(1, thread_name_prefix="frame-swap-loader")
             loader = self._loader
-        with contextlib.suppress(RuntimeError):  # shut down in between
+        with contextlib.suppress(RuntimeError):  # shut down meanwhile
             loader.submit(machine.run_courteously, call).add_done_callback(_log_failure)
 
 
@@ -229,7 +229,7 @@ def _log_failure(future: Future[None]) -> None:
 
 
 def _outcome(future: Future[Outcome]) -> Outcome:
-    if future.cancelled():  # by `Job.cancel`, and then nobody listens; or by the user's executor
+    if future.cancelled():  # by `Job.cancel`, and then nobody wants the outcome; or by the user's executor
         return _failed("the executor cancelled it")
     error = future.exception()
     if isinstance(error, Lost):
@@ -249,7 +249,7 @@ service = Service()
 
 @functools.cache
 def _stop_at_exit() -> None:
-    # Hooks run last in, first out: this one before those of concurrent.futures and loky, which wait for their work.
+    # Hooks run in reverse order: this one runs before those of concurrent.futures and loky, which wait for work.
     register_at_exit(service.stop)
 
 

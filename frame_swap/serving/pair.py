@@ -59,7 +59,7 @@ def _eager(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
 
 
 def _eager_backward(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
-    """Run op by op, the backward overwrites nothing that is saved: it may be called again."""
+    """Run the backward op by op: it overwrites no saved tensor, so it may be called again."""
     context = fake_tensors.TracingContext.try_get()
     if context is not None and context.fw_metadata is not None:
         context.fw_metadata.bw_donated_idxs = []
@@ -67,7 +67,7 @@ def _eager_backward(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxe
 
 
 def _uncounted_changes(gm: torch.fx.GraphModule, run: Boxed) -> Boxed:
-    """Leave it to AOTAutograd's wrapper to count that inputs are changed in place (`Tensor._version`).
+    """Let AOTAutograd's wrapper alone count in-place changes of inputs (`Tensor._version`).
 
     It does so because Inductor's code does not count; the eager operators would count a second time.
     """

@@ -49,27 +49,27 @@ from ...runtime import forks, machine
 from . import worker
 
 GROWTH = 500_000_000
-"""A process that holds so many bytes more than after one of its calls is replaced: Inductor keeps a lot."""
+"""A process that has grown by more bytes than this since its smallest call is replaced: Inductor keeps a lot."""
 
 ENVIRONMENT = {
     **machine.WORKER_ENVIRONMENT,
-    "PYTHONSAFEPATH": "1",  # nothing is imported from the directory that they start in
-    "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",  # loky may replace one while it gets its next call, and warns of it
+    "PYTHONSAFEPATH": "1",  # import nothing from the directory that they start in
+    "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",  # loky would replace a process while it gets its next call, and warn of it
 }
 
 SIGNAL_NAMES: dict[int, str] = {number: number.name for number in signal.Signals}
 
 register_at_exit = getattr(threading, "_register_atexit", atexit.register)
-"""For hooks that run before threads are waited for; the last one first."""
+"""Registers hooks that run before the interpreter waits for threads; the last one runs first."""
 
-# loky's hook waits for what is pending, and is registered with each executor. Here it comes once, and before the
-# one that ends what is pending, which so runs first.
+# loky registers its hook, which waits for pending calls, with each executor. Register it once, and before the hook
+# that ends pending calls, so that the latter runs first.
 register_at_exit(process_executor._python_exit)
 process_executor.process_pool_executor_at_exit = process_executor._python_exit
 
 
 class Terms(NamedTuple):
-    """What the processes of a pool have in common.
+    """The terms that all processes of a pool share.
 
     Attributes:
         size: how many there are at most.
@@ -125,16 +125,16 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process runs."""
         return bool(self._process.is_alive())
 
     @property
     def usable(self) -> bool:
-        """Whether it may be given another call."""
+        """Whether it may get another call."""
         return self.alive and self._size() - self._least < GROWTH
 
     def run(self, call: bytes, limit: float) -> Any:
-        """Have it run a pickled call; returns what that returns.
+        """Run a pickled call in the process; return its result.
 
         Args:
             limit: seconds that it may take, the start of the process included.
@@ -151,7 +151,7 @@ class Process:
             self.expire()
             raise self._loss(limit) from None
         except (process_executor.BrokenProcessPool, process_executor.ShutdownExecutorError) as error:
-            error.__traceback__ = None  # the executor holds the error; this would lead from there back to it
+            error.__traceback__ = None  # a cycle: the executor holds the error, and the traceback the executor
             raise self._loss(limit) from None
         except OSError as error:
             failure = first_line(error)
@@ -168,19 +168,19 @@ class Process:
         return result
 
     def expire(self) -> None:
-        """End it because its call takes too long."""
+        """End the process because its call takes too long."""
         self._overdue = True
-        # The worker's handler writes down where it is, whatever it does, and lets the signal end it.
+        # The worker's handler writes a traceback, and then lets the signal end the process.
         self._process.terminate()
         self._process.join(timeout=5)
 
     def end(self) -> None:
-        """End it now, with its compilers, and remove its folder."""
+        """End the process with its compilers now, and remove its folder."""
         with _changing:
             if self.ended:
                 return
             self.ended = True
-            # The group outlives a leader that died just now. Where it died long ago, the number may be another's.
+            # The group outlives a leader that died just now; after longer, another group may have its number.
             if self._running or self._process.is_alive():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.pid, signal.SIGKILL)
@@ -188,7 +188,7 @@ class Process:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _loss(self, limit: float) -> Lost:
-        # What it has written is text, in a folder of our own.
+        # The worker writes plain text, into a folder of this user's.
         stage, last_words, traceback = map(self._left, ("stage", "last_words", "traceback"))
         stage = stage or "starting"
         self.end()
@@ -222,21 +222,21 @@ class Process:
 
 
 class Pool:
-    """Processes on the same terms, and what they have to do."""
+    """Processes on the same terms, and the calls that wait for them."""
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
-        # A process inherits what the thread that starts it blocks: Ctrl-C is for the program.
+        # A process inherits the signals that the starting thread blocks. Ctrl-C is for the program alone.
         block = (signal.SIG_BLOCK, [signal.SIGINT])
         self._threads = ThreadPoolExecutor(terms.size, "frame-swap-worker", signal.pthread_sigmask, block)
         self._starts: list[Future[None]] = []
         self._processes: set[Process] = set()
-        self._free: dict[Process, threading.Timer] = {}  # and what will end them
+        self._free: dict[Process, threading.Timer] = {}  # and the timers that will end them
         self._killed = False
         _all.add(self)
 
     def start(self) -> None:
-        """Have the processes that are missing started, and do not wait for it.
+        """Begin to start the processes that are missing; do not wait.
 
         Raises:
             RuntimeError: as for `submit`.
@@ -246,7 +246,7 @@ class Pool:
     def submit(
         self, call: Callable[[], Any], limit: float = math.inf, wanted: Callable[[], bool] = lambda: True
     ) -> Future[Any]:
-        """Have `call` run in a process of the pool; it must pickle, and what it returns.
+        """Run `call` in a process of the pool; `call` and its result must pickle.
 
         Args:
             limit: seconds that it may take; where its process has yet to start, that included.
@@ -258,12 +258,12 @@ class Pool:
         return self._threads.submit(self._run, pickle.dumps(call), limit, wanted)
 
     def pids(self) -> list[int]:
-        """Of the processes that there are, and of those that `start` has yet to start."""
+        """PIDs of live workers, including those still starting."""
         futures.wait(self._starts)
         return [process.pid for process in list(self._processes) if process.alive]
 
     def retire(self) -> None:
-        """End when all that was submitted has ended."""
+        """End as soon as all submitted calls have ended."""
         self._threads.shutdown(wait=False)
         with _changing:
             self.terms = self.terms._replace(idle_timeout=min(self.terms.idle_timeout, 1))
@@ -302,7 +302,7 @@ class Pool:
     def _start_one(self) -> None:
         with _changing:
             if len(self._processes) < self.terms.size:
-                with contextlib.suppress(Exception):  # the first call will say so
+                with contextlib.suppress(Exception):  # the first call reports it
                     self._give_back(self._take_fresh())
 
     def _take(self) -> Process:
@@ -329,7 +329,7 @@ class Pool:
             idle = min(self.terms.idle_timeout, threading.TIMEOUT_MAX)
             alarm = self._free[process] = threading.Timer(idle, self._end_free, [process])
             alarm.daemon = True
-            with contextlib.suppress(RuntimeError):  # out of threads: then it stays
+            with contextlib.suppress(RuntimeError):  # out of threads: the process stays
                 alarm.start()
 
     def _end_free(self, process: Process) -> None:
@@ -345,15 +345,15 @@ class Pool:
 
 
 _changing = forks.lock()
-"""One thread at a time starts or ends processes, and no fork meanwhile."""
+"""Held while a process is started or ended: by one thread at a time, and not during a fork."""
 
 _all: weakref.WeakSet[Pool] = weakref.WeakSet()
 _parents: list[Pool] = []
-"""In a forked child: not freed, since an executor that is wakes its thread, which here is the parent's."""
+"""In a forked child: the parent's pools, kept because a freed executor wakes its thread, which is the parent's."""
 
 
 def kill_all() -> None:
-    """End the processes of all pools, of those that are retired, too."""
+    """End the processes of all pools, retired ones included."""
     for pool in list(_all):
         pool.kill()
 

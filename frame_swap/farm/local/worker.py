@@ -1,14 +1,14 @@
-"""A worker process: what it is made of, and the calls that it runs.
+"""A worker process: how it is set up, and how it runs calls.
 
-Nothing here imports torch at the top: a worker first lowers its priority, and only then pays for the import.
+No module is imported here that imports torch: a worker lowers its priority first, and imports torch after that.
 
 Guarantees:
-- `initialize` returns once the worker is nice, in a process group of its own, and watched: when the program's
-  process is gone, however it went, the worker ends itself and its compilers, and removes its folder. When it holds
-  more memory than it may, compilers included, it ends itself, too.
-- `run` raises nothing, and what it returns is short. A result is in the worker's folder as a whole, or not at all.
-- Whatever ends the worker, its folder then says in plain text what it was doing: `stage`, and `traceback` or
-  `last_words` where there was an occasion to write them. Its temporary files and its compilers' are there, too.
+- When `initialize` returns, the worker has a lower priority and a process group of its own, and is watched: once
+  the program's process is gone, for whatever reason, the worker ends itself and its compilers, and removes its
+  folder. It also ends itself when it holds more memory than it may, compilers included.
+- `run` raises nothing and returns a short text. A result is in the worker's folder as a whole, or not at all.
+- However the worker ends, its folder says in plain text what it was doing: `stage`, and `traceback` or `last_words`
+  if there was time to write them. Temporary files of the worker and its compilers are there, too.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ...errors import first_line
 from .. import compile, place
 
 _LISTENERS = ("TORCH_LOGS", "TORCH_LOGS_OUT", "TORCH_TRACE", "TORCH_DTRACE")
-"""What the program listens to is in each parcel, and its files are its own: see echo.py."""
+"""The parcel says what the program logs and traces, and the files belong to the program; see shipping/echo."""
 
 
 CALL, RESULT = "call", "result"
-"""Files in the worker's folder: what it is to run, and a pair of what that returned and what it raised."""
+"""Files in the worker's folder: the call to run, and a pair of its result and its exception."""
 
 
 def run() -> str:
-    """Run the call that lies in this worker's folder, and put its result there; how that failed, or ""."""
+    """Run the call in this worker's folder and write its result there. Return how that failed, or ""."""
     folder = Path(_folder)
     result: tuple[Any, BaseException | None]
     try:
@@ -53,7 +53,7 @@ def run() -> str:
         _send(result)
         _note("idle")
     except BaseException as error:
-        return first_line(error)[:500]  # it must go through the pipe in one piece
+        return first_line(error)[:500]  # it has to fit through the pipe in one piece
     return ""
 
 
@@ -78,11 +78,11 @@ def initialize(parent: int, niceness: int, compiler_threads: int, folder: str, m
     place.enter(_note, folder)
     _note("importing torch")
     try:
-        with contextlib.suppress(OSError):  # not permitted to change priority: then not
+        with contextlib.suppress(OSError):  # changing the priority is not permitted
             os.nice(niceness)
         os.setpgid(0, 0)  # with its compilers
-        os.umask(0o077)  # what is written into caches is for nobody else
-        # One that outlives its parent and holds its stdout keeps `python train.py | tee log` from ending.
+        os.umask(0o077)  # files in caches are for this user alone
+        # A worker that outlives its parent and holds its stdout would keep `python train.py | tee log` from ending.
         nowhere = os.open(os.devnull, os.O_RDWR)
         for standard in range(3):
             os.dup2(nowhere, standard)
@@ -114,25 +114,25 @@ def _import_torch() -> None:
     inductor.import_compiling()
     folders.keep_temporary_files_in(_folder)
     with contextlib.suppress(ImportError):
-        # Inductor's progress bar makes a lock that outlives a killed worker, and the program is told of a leak.
+        # Inductor's progress bar makes a lock that outlives a killed worker; the program would hear of a leak.
         from tqdm import tqdm
 
         tqdm.set_lock(threading.RLock())
     if not torch.cuda.is_available():
-        # It warns of a CUDA compiler: not while a compile is recorded, or the program would hear that again.
+        # This import may warn of a CUDA compiler: do it now, before a compile's record repeats that to the program.
         import torch.utils.cpp_extension
 
         threading.Thread(target=_probe_cpu, name="frame-swap-probe", daemon=True).start()
 
 
 _folder = ""
-"""This worker's own, which only this user can open; "" in an executor that is not ours."""
+"""This worker's folder, closed to other users; "" in a user's executor."""
 
 _traceback_file: Any = None
 
 
 def _note(stage: str) -> None:
-    """What the worker is doing now, in words that fit behind "while"."""
+    """Note what the worker does now, in words that fit behind "while"."""
     _leave("stage", stage)
 
 
@@ -143,12 +143,12 @@ def _leave(name: str, text: str) -> None:
 
 
 def _probe_cpu() -> None:
-    # Which vector instructions there are, Inductor finds out with about ten runs of the C++ compiler, the first
-    # time on a machine. They overlap with the tracing of the first graph if they begin now.
+    # The first time on a machine, Inductor runs the C++ compiler about ten times to find the vector instructions.
+    # Begun now, these runs overlap with the tracing of the first graph.
     from ...artifacts import folders
     from ...internals import inductor
 
-    # No compiler, or a full disk, or a cache that is not to be used: the compile itself will say so.
+    # Without a compiler, on a full disk or with an unsafe cache, the compile itself reports the problem.
     with contextlib.suppress(Exception):
         directory = os.environ.setdefault(folders.INDUCTOR, folders.default_cache())
         folders.check(directory)
@@ -158,7 +158,7 @@ def _probe_cpu() -> None:
 def _end_with(parent: int) -> None:
     import psutil
 
-    try:  # wakes up when it is dead, even if nobody has reaped it yet
+    try:  # returns when the parent is dead, even before it is reaped
         select.select([os.pidfd_open(parent)], [], [])
     except (AttributeError, OSError):  # not Linux, or gone already
         with contextlib.suppress(psutil.Error):
@@ -179,7 +179,7 @@ def _end_beyond(limit: float) -> None:
             held_gb, limit_gb = held / 1e9, limit / 1e9
             advice = "frame_swap.configure(memory_limit=...) allows it more"
             _leave("last_words", f"it took {held_gb:.1f} GB, more than memory_limit={limit_gb:g}; {advice}")
-            os.killpg(0, signal.SIGKILL)  # the folder is for who waits for the result
+            os.killpg(0, signal.SIGKILL)  # the folder stays for the process that waits for the result
         time.sleep(0.2)
 
 
