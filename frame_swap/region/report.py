@@ -1,24 +1,16 @@
-"""The report: frozen rows, as text in 80 columns and as plain data."""
+"""The report: frozen rows, and all of them as plain data; table.py makes text of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import io
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
-
-from rich import box
-from rich.console import Console, Group
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 
 from .states import Purpose, State
 
-WIDTH = 80
-
+if TYPE_CHECKING:
+    from rich.console import Group
 
 T = TypeVar("T")
 
@@ -160,53 +152,14 @@ class Report:
         }
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=WIDTH, force_terminal=False)
-        console.print(self)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return text
+        from .table import text  # imports rich, which the first call should not wait for
+
+        return text(self)
 
     def __rich__(self) -> Group:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("frame", overflow="fold")
-        for title in ("id", "state"):
-            table.add_column(title, no_wrap=True)
-        for title in ("eager\ncalls", "ship\ns", "queue\ns", "comp.\ns", "load\ns", "inst.\nms"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for region in self.regions:
-            shared = _short(region.frame), region.compile_id, region.state, str(region.pair_calls)
-            table.add_row(*shared, _number(region.ship_s, 2), *_times(region.compiles[:1]))
-            for compile in region.compiles[1:]:
-                table.add_row(f"  {compile.purpose}", "", compile.state, "", "", *_times([compile]))
-        counts = Counter(region.state for region in self.regions)
-        summary = ", ".join(f"{n} {state}" for state, n in counts.items()) or "no graph captured yet"
-        lines = [summary, *(line for region in self.regions for line in _remarks(region))]
-        return Group(table, *(Padding(Text(line), (0, 0, 0, 2)) for line in lines))
+        from .table import rendered
 
-
-def _remarks(region: Region) -> Iterator[str]:
-    """Sentences about a region that no column has room for."""
-    name = f"{region.compile_id} {_short(region.frame)}".strip()
-    if region.reason:
-        yield f"{name}: {region.state}: {region.reason}"
-    if region.late_guards:
-        yield f"{name}: late guards: {'; '.join(region.late_guards)}"
-    if region.wrappers:
-        yield f"{name}: AOTAutograd's wrappers remain for {', '.join(region.wrappers)}"
-
-
-def _times(compiles: Sequence[Compile]) -> Iterator[str]:
-    for compile in compiles:
-        yield from (_number(value, 2) for value in (compile.queue_s, compile.compile_s, compile.load_s))
-        yield _number(compile.install_s and 1e3 * compile.install_s, 1)
-
-
-def _short(frame: str) -> str:
-    name, _, place = frame.rpartition(", ")
-    return f"{name} {place.rpartition('/')[2]}".strip()
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+        return rendered(self)
 
 
 def _plain(value: Any) -> Any:
