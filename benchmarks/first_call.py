@@ -1,11 +1,12 @@
-"""How long a program waits: seconds to the first result and to the swap, and steps done over time.
+"""How long a program waits, and how many steps it has done by any moment, beside eager and stock.
 
-    python -m benchmarks.first_call [--model bert-4] [--infer] [--runs 3]
+    python -m benchmarks.first_call [--model bert-4] [--infer] [--runs 3] [--arms eager,inductor,graph] [--all-arms]
 
-Five arms run in turn, each in a process of its own with empty compile caches: eager, aot_eager, stock Inductor,
-upstream's TORCHINDUCTOR_FX_COMPILE_MODE=async+subprocess, and frame_swap. Each arm builds the model and makes one
-eager step, so that starting the libraries is not measured. Then it starts the clock, compiles, and makes steps
-until the time is up. Writes a JSON file and a picture; prints the ratios.
+The arms run in turn, each in a process of its own with empty compile caches: stock Inductor, eager, Dynamo alone
+(`backend="eager"`), and frame_swap with first="graph" and first="pair"; with --all-arms also aot_eager and
+upstream's TORCHINDUCTOR_FX_COMPILE_MODE=async+subprocess. Each arm builds the model and makes one eager step, so
+that starting the libraries is not measured. Then it starts the clock, compiles, and makes steps until the time is
+up: three times stock's first call. Writes a JSON file and a picture; prints the ratios.
 """
 
 from __future__ import annotations
@@ -13,32 +14,58 @@ from __future__ import annotations
 import argparse
 import bisect
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ARMS = ("eager", "aot_eager", "inductor", "upstream_async", "frame_swap")
-BACKENDS = {
-    "aot_eager": "aot_eager",
-    "inductor": "inductor",
-    "upstream_async": "inductor",
-    "frame_swap": "frame_swap",
+Run = dict[str, Any]
+"""One arm's run: `ends`, when each step ended; `swap`, when the last region was swapped; `regions`. In seconds."""
+
+
+class Arm(NamedTuple):
+    """A backend of `torch.compile` (None: not compiled), and the variables that it is run with."""
+
+    backend: str | None
+    environment: dict[str, str]
+    caches: bool = False
+    part: float = 1.0
+    """How much of the time it runs. Where nothing changes after the first call, a part shows its speed."""
+
+
+ARMS = {
+    "inductor": Arm("inductor", {}),
+    "eager": Arm(None, {}),
+    "dynamo": Arm("eager", {}, part=0.4),
+    "graph": Arm("frame_swap", {"FRAME_SWAP_FIRST": "graph"}, caches=True),
+    "pair": Arm("frame_swap", {"FRAME_SWAP_FIRST": "pair"}, caches=True),
+    "aot_eager": Arm("aot_eager", {}, part=0.4),
+    "upstream_async": Arm("inductor", {"TORCHINDUCTOR_FX_COMPILE_MODE": "async+subprocess"}),
 }
+LABELS = {
+    "inductor": "stock torch.compile",
+    "dynamo": "Dynamo alone",
+    "graph": "frame_swap, first=graph",
+    "pair": "frame_swap, first=pair",
+}
+OURS = ("graph", "pair")
+SELDOM = ("aot_eager", "upstream_async")
 
 
-def run_arm(arm: str, model: str, train: bool, seconds: float) -> dict[str, Any]:
-    """Run one arm in this process; return the times of the swap and of each step's end, in seconds."""
+def run_arm(arm: str, model: str, train: bool, seconds: float) -> Run:
+    """Run one arm in this process; with `seconds` 0, for three times its first call."""
     import torch
 
     from . import models
@@ -49,101 +76,123 @@ def run_arm(arm: str, model: str, train: bool, seconds: float) -> dict[str, Any]
     finish = torch.cuda.synchronize if device == "cuda" else lambda: None
     finish()
 
+    backend = ARMS[arm].backend
     start = time.time()
-    call = step.model if arm == "eager" else torch.compile(step.model, backend=BACKENDS[arm])
-    ends = []
-    while not ends or time.time() - start < seconds:
+    call = step.model if backend is None else torch.compile(step.model, backend=backend)
+    ends: list[float] = []
+    while not ends or ends[-1] < (seconds or 3 * ends[0]):
         step.run(call)
         finish()
-        ends.append(time.time() - start)
-    result: dict[str, Any] = {"arm": arm, "ends": ends, "swap": None, "regions": []}
-    if arm == "frame_swap":
+        ends.append(round(time.time() - start, 4))
+    result: Run = {"arm": arm, "ends": ends, "swap": None, "regions": []}
+    if backend == "frame_swap":
         import frame_swap
 
         report = frame_swap.report()
         installed = [r.installed_at for r in report.regions if r.installed_at is not None]
-        if len(installed) == len(report.regions):
+        if installed and not any(r.state == "pending" for r in report.regions):
             result["swap"] = max(installed) - start
         result["regions"] = report.as_dict()["regions"]
     return result
 
 
-def spawn_arm(arm: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+def spawn_arm(arm: str, model: str, infer: bool, seconds: float) -> Run:
     """Call `run_arm` in a process of its own, with empty caches of Inductor and Triton."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {
             **os.environ,
             "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
             "TRITON_CACHE_DIR": f"{cache}/triton",
-            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0" if arm == "frame_swap" else "1",
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0" if ARMS[arm].caches else "1",
+            **ARMS[arm].environment,
         }
-        if arm == "upstream_async":
-            environment["TORCHINDUCTOR_FX_COMPILE_MODE"] = "async+subprocess"
-        command = [sys.executable, "-m", "benchmarks.first_call", "--arm", arm, "--model", args.model]
-        command += ["--seconds", str(seconds)] + (["--infer"] if args.infer else [])
+        command = [sys.executable, "-m", "benchmarks.first_call", "--arm", arm, "--model", model]
+        command += ["--seconds", str(seconds)] + (["--infer"] if infer else [])
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: Run = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def durations(run: dict[str, Any], after: float = 0.0, before: float = float("inf")) -> list[float]:
-    """Seconds of each step that began and ended within the window, without the first step of the run."""
-    ends = run["ends"]
-    return [b - a for a, b in pairwise(ends) if after <= a and b <= before]
+# --- The figures ---
 
 
-def ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The figures of one round, from the runs of all arms."""
-    ours, stock, pair = runs["frame_swap"], runs["inductor"], runs["aot_eager"]
-    swap = ours["swap"] or float("inf")
+def steps_by(run: Run, moment: float) -> int:
+    """Steps that a run has done by then."""
+    return bisect.bisect_right(run["ends"], moment)
+
+
+def step_time(run: Run, after: float = 0.0, before: float = math.inf, *, mean: bool = False) -> float:
+    """Median (or mean) seconds of the steps within the window, without the run's first; NaN if there is none."""
+    times = [b - a for a, b in pairwise(run["ends"]) if after <= a and b <= before]
+    return (statistics.mean if mean else statistics.median)(times) if times else math.nan
+
+
+def most_behind(run: Run, rival: Run) -> int:
+    """By how many steps `rival` was ahead, at its best moment while both ran; 0 if never."""
+    until = min(run["ends"][-1], rival["ends"][-1])
+    return max([0, *(steps_by(rival, t) - steps_by(run, t) for t in rival["ends"] if t <= until)])
+
+
+def ratios(runs: dict[str, Run], arm: str) -> dict[str, float]:
+    """The figures of one of our arms beside the others that ran in the same round."""
+    ours, figures = runs[arm], {}
+    first, swap = ours["ends"][0], ours["swap"] or math.inf
+    if (dynamo := runs.get("dynamo")) is not None:
+        figures["first call / Dynamo alone's"] = first / dynamo["ends"][0]
+    if (aot_eager := runs.get("aot_eager")) is not None:
+        figures["first call / aot_eager's"] = first / aot_eager["ends"][0]
+    if (eager := runs.get("eager")) is not None:
+        figures["step before the swap / eager's"] = step_time(ours, first, swap) / step_time(eager)
+        figures["mean step before the swap / eager's"] = step_time(ours, first, swap, mean=True) / step_time(eager)
+        figures["steps done at the swap / eager's by then"] = steps_by(ours, swap) / max(1, steps_by(eager, swap))
+        figures["step after the swap / eager's"] = step_time(ours, swap) / step_time(eager)
+        figures["most steps behind eager"] = most_behind(ours, eager)
+    if (stock := runs.get("inductor")) is not None:
+        stocks = stock["ends"][0]
+        figures["first call / stock's"] = first / stocks
+        figures["swap / stock's first call"] = swap / stocks
+        figures["steps done when stock ends its first"] = steps_by(ours, stocks)
+        figures["most steps behind stock"] = most_behind(ours, stock)
+        figures["step after the swap / stock's"] = step_time(ours, swap) / step_time(stock)
     around = [b - a for a, b in pairwise(ours["ends"]) if swap - 2 <= b and a <= swap + 1]
-    median = statistics.median(durations(ours, ours["ends"][0], swap) or [float("nan")])
-    behind = max(
-        bisect.bisect_right(stock["ends"], t) - bisect.bisect_right(ours["ends"], t) for t in stock["ends"]
+    figures["worst call around the swap / a median step before"] = max(around, default=math.nan) / step_time(
+        ours, first, swap
     )
-    return {
-        "first call / aot_eager's": ours["ends"][0] / pair["ends"][0],
-        "first call / stock's": ours["ends"][0] / stock["ends"][0],
-        "upstream async's first call / stock's": runs["upstream_async"]["ends"][0] / stock["ends"][0],
-        "swap / stock's first call": swap / stock["ends"][0],
-        "step while compiling / aot_eager's": median / statistics.median(durations(pair)),
-        "mean step while compiling / aot_eager's": statistics.mean(
-            durations(ours, ours["ends"][0], swap) or [float("nan")]
-        )
-        / statistics.mean(durations(pair)),
-        "worst call around the swap, ms": 1e3 * max(around, default=float("nan")),
-        "allowed: 2 x median + 5 ms": 1e3 * 2 * median + 5,
-        "steps done when stock ends its first": float(bisect.bisect_right(ours["ends"], stock["ends"][0])),
-        "most steps behind stock": float(behind),
-        "step after the swap / stock's": statistics.median(durations(ours, swap + 1) or [float("nan")])
-        / statistics.median(durations(stock, stock["ends"][0]) or [float("nan")]),
-    }
+    return figures
 
 
-def draw(runs: dict[str, dict[str, Any]], title: str) -> Figure:
+def medians(tables: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Of each figure, the median of all rounds."""
+    tables = list(tables)
+    return {name: statistics.median(table[name] for table in tables) for name in tables[0]}
+
+
+def draw(runs: dict[str, Run], title: str) -> Figure:
     """Steps done over seconds, a curve for each arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    for arm in ARMS:
-        ends = runs[arm]["ends"]
+    for arm, run in runs.items():
+        colour = output.COLOURS[arm]
         axes.step(
-            ends,
-            range(1, len(ends) + 1),
+            [0.0, *run["ends"]],
+            range(len(run["ends"]) + 1),
             where="post",
-            label=arm,
-            color=output.COLOURS[arm],
-            linewidth=2.2 if arm == "frame_swap" else 1.4,
+            label=LABELS.get(arm, arm),
+            color=colour,
+            linewidth=2.2 if arm in OURS else 1.4,
         )
-    swap, colour = runs["frame_swap"]["swap"], output.COLOURS["frame_swap"]
-    if swap is not None:
-        axes.axvline(swap, color=colour, linestyle=":", linewidth=1)
-        axes.annotate("the swap", (swap, 0), textcoords="offset points", xytext=(4, 6), color=colour)
+        if run["swap"] is not None:
+            steps = steps_by(run, run["swap"])
+            axes.plot(run["swap"], steps, "o", color=colour, markersize=5)
+            axes.annotate("swap", (run["swap"], steps), textcoords="offset points", xytext=(5, -10), color=colour)
     axes.set_xlabel("seconds since torch.compile")
     axes.set_ylabel("steps done")
+    axes.set_xlim(0, max(run["ends"][-1] for run in runs.values()))
+    axes.set_ylim(0)
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -155,33 +204,45 @@ def main() -> None:
     parser.add_argument("--model", default="bert-4")
     parser.add_argument("--infer", action="store_true", help="inference instead of training")
     parser.add_argument("--runs", type=int, default=3, help="rounds of all arms; the medians are printed")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long each arm steps")
+    parser.add_argument("--seconds", type=float, default=0.0, help="how long each arm steps")
+    parser.add_argument("--arms", help="of these, with commas: " + ", ".join(ARMS))
+    parser.add_argument("--all-arms", action="store_true")
     parser.add_argument("--out", type=Path, default=output.RESULTS)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(run_arm(args.arm, args.model, not args.infer, args.seconds)))
         return
+    arms = args.arms.split(",") if args.arms else [arm for arm in ARMS if args.all_arms or arm not in SELDOM]
 
-    rounds = []
+    rounds: list[dict[str, Run]] = []
     for number in range(args.runs):
-        runs = {}
-        for arm in ARMS:
-            runs[arm] = spawn_arm(arm, args, args.seconds)
-            print(f"round {number + 1}: {arm:15s} first result after {runs[arm]['ends'][0]:6.2f} s", flush=True)
+        runs: dict[str, Run] = {}
+        seconds = args.seconds
+        for arm in arms:
+            run = runs[arm] = spawn_arm(arm, args.model, args.infer, ARMS[arm].part * seconds)
+            seconds = seconds or run["ends"][-1]
+            notes = f"{len(run['ends'])} steps of {1e3 * step_time(run):.0f} ms in {run['ends'][-1]:.0f} s"
+            if run["swap"] is not None:
+                notes += f", swap after {run['swap']:.1f} s"
+            print(f"round {number + 1}: {arm:15s} first result after {run['ends'][0]:6.2f} s; {notes}", flush=True)
         rounds.append(runs)
-    tables = [ratios(runs) for runs in rounds]
-    figures = {name: statistics.median(table[name] for table in tables) for name in tables[0]}
-    for name, value in figures.items():
-        print(f"{name:42s} {value:9.3f}   of {', '.join(f'{table[name]:.3f}' for table in tables)}")
+
+    figures = {}
+    for arm in OURS:
+        if arm in arms:
+            tables = [ratios(runs, arm) for runs in rounds]
+            figures[arm] = medians(tables)
+            print(f"{LABELS[arm]}:")
+            for name, value in figures[arm].items():
+                print(f"  {name:50s} {value:9.3f}   of {', '.join(f'{table[name]:.3f}' for table in tables)}")
 
     import torch
 
     program = "infer" if args.infer else "train"
     what = f"{args.model}, {program}, torch {torch.__version__}, {output.device_name()}"
-    results = {"what": what, "figures": figures, "rounds": tables, "runs": rounds}
     stem = args.out / f"first_call-{args.model}-{program}-{output.device()}"
-    output.write(stem, results, draw(rounds[-1], what))
+    output.write(stem, {"what": what, "figures": figures, "runs": rounds}, draw(rounds[-1], what))
 
 
 if __name__ == "__main__":

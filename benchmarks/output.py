@@ -14,10 +14,14 @@ RESULTS = Path(__file__).parent / "results"
 
 COLOURS = {
     "eager": "#9a9a9a",
+    "dynamo": "#5c5c5c",
     "aot_eager": "#c9a227",
     "inductor": "#3b6fb6",
     "upstream_async": "#7fb2e5",
     "frame_swap": "#c8102e",
+    "graph": "#c8102e",
+    "pair": "#e8743b",
+    "background": "#6a2fb5",
     "opt_in": "#e8743b",
     "static": "#f0b27a",
     "function": "#a3c4a3",
