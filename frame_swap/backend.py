@@ -87,6 +87,7 @@ def _start(
         order = Order(
             record,
             packed,
+            len(gm.graph.nodes),
             changes,
             shapes=fake_tensors.FrameShapes(example_inputs),
             limit=dynamo.recompile_limit(),

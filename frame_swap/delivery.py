@@ -33,6 +33,7 @@ from .checking.trial import Trial
 from .checking.verify import Verification
 from .errors import FrameGone, FrameSwapWarning, UnusableArtifact, first_line
 from .farm.protocol import Outcome
+from .farm.queue import Demand
 from .farm.service import Job, service
 from .internals import dynamo, fake_tensors
 from .late_guards.condition import condition_of
@@ -53,6 +54,7 @@ class Order:
     Attributes:
         record: the region.
         parcel: the packed graph.
+        size: how many nodes the graph has.
         options: changes of Inductor's config.
         shapes: the symbols in the graph's shapes, and what the frame's guards say of them.
         limit: the most compiles for other sizes: as many as Dynamo's recompiles of a frame.
@@ -63,6 +65,7 @@ class Order:
 
     record: Record
     parcel: Parcel
+    size: int
     options: dict[str, Any]
     shapes: fake_tensors.FrameShapes
     limit: int
@@ -95,7 +98,9 @@ class Delivery:
 
     def request(self, *, deliver: bool = True) -> Job:
         """Submit the compile. Its outcome goes to `arrived`; without `deliver` the caller waits for the job."""
-        job = service.submit(self._order.parcel, self.arrived if deliver else None, self._sizes)
+        order, calls = self._order, self._order.record.pair_calls
+        demand = Demand(lambda: order.record.pair_calls - calls, order.size, awaited=not deliver)
+        job = service.submit(order.parcel, self.arrived if deliver else None, self._sizes, demand)
         self._attempt.began(job.cancel)
         return job
 

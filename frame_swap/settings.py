@@ -151,7 +151,9 @@ class Settings:
     executor: Executor | None = _setting(
         None,
         """Where compiles run: any `concurrent.futures.Executor` whose workers are other processes. None stands for
-        frame-swap's own workers. `job_timeout`, `memory_limit` and `idle_timeout` apply only to these.""",
+        frame-swap's own workers. `job_timeout`, `memory_limit` and `idle_timeout` apply only to these. Graphs that
+        wait for them come in the order of calls so far × size; another executor gets each graph at once, and has
+        its own order.""",
         _is_executor,
         None,
     )

@@ -3,7 +3,8 @@
 Guarantees:
 - `submit` neither waits for a compile nor raises. A failure reaches `deliver`, or the caller of `Job.wait`, as an
   `Outcome` with `error` set.
-- A lost worker fails only the compile that it ran, and only at the second attempt; see pool.py.
+- A lost worker fails only the compile that it ran, and only at the second attempt; see local/pool.py.
+- Of the compiles that wait for frame-swap's own workers, the one that will gain most comes first; see queue.py.
 - `deliver` is called at most once per job, always on the loader thread, one job at a time. It is not called for a
   job that was cancelled in time, nor while the interpreter exits.
 - `Job.cancel` never waits. A compile that has begun runs on in its worker; its outcome is dropped, and it is not
@@ -39,8 +40,10 @@ from ..errors import first_line
 from ..runtime import machine
 from ..shipping.parcel import Parcel
 from .compile import compile_graph
-from .local.pool import Lost, Pool, Terms, kill_all, register_at_exit
+from .local.pool import Pool, kill_all
+from .local.process import Lost, Terms, register_at_exit
 from .protocol import Outcome, Request
+from .queue import NO_CALLS, Demand
 
 log = logging.getLogger(__name__)
 
@@ -112,10 +115,19 @@ class Service:
             with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
                 self._own_pool().start()
 
-    def submit(self, parcel: Parcel, deliver: Deliver | None, sizes: dict[str, int] | None = None) -> Job:
-        """Compile `parcel`; with `sizes`, for these sizes in place of those that it was traced with.
+    def submit(
+        self,
+        parcel: Parcel,
+        deliver: Deliver | None,
+        sizes: dict[str, int] | None = None,
+        demand: Demand = NO_CALLS,
+    ) -> Job:
+        """Compile `parcel`.
 
-        `deliver` gets the outcome; where it is None, the caller takes it from the job.
+        Args:
+            deliver: gets the outcome; where it is None, the caller takes it from the job.
+            sizes: of symbols in shapes, where they are to differ from the traced ones.
+            demand: decides which of the waiting compiles comes next. A user's executor has its own order.
         """
         job = Job(deliver, settings.current().delay)
         request = Request(parcel.content, parcel.envelope, sizes or {}, time.time())
@@ -123,7 +135,7 @@ class Service:
         executor = settings.current().executor
         try:
             if executor is None:
-                job._future = self._submit_to_pool(compile_parcel, lambda: job.wanted)
+                job._future = self._submit_to_pool(compile_parcel, lambda: job.wanted, demand)
                 self._count_compile(job._future)
             else:
                 job._future = executor.submit(compile_parcel)
@@ -168,9 +180,14 @@ class Service:
         """In a forked child: start over, leaving the parent's workers to the parent."""
         self.__init__()  # type: ignore[misc]
 
-    def _submit_to_pool(self, call: Callable[[], Any], wanted: Callable[[], bool] = lambda: True) -> Future[Any]:
+    def _submit_to_pool(
+        self,
+        call: Callable[[], Any],
+        wanted: Callable[[], bool] = lambda: True,
+        demand: Demand = NO_CALLS,
+    ) -> Future[Any]:
         with self._lock:  # so that no other thread retires the pool meanwhile
-            return self._own_pool().submit(call, settings.current().job_timeout, wanted)
+            return self._own_pool().submit(call, settings.current().job_timeout, wanted, demand)
 
     def _own_pool(self) -> Pool:
         wished = settings.current()

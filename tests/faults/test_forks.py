@@ -117,6 +117,29 @@ def test_while_a_worker_compiles(run_program: Any) -> None:
     assert states == {"child": ["failed", "installed"], "parent": ["pending"]}
 
 
+def test_while_a_compile_waits_for_the_worker(run_program: Any) -> None:
+    """The queue is the parent's: its compiles go on there, and the child's own come to the child."""
+    states = run(
+        run_program,
+        """
+        frame_swap.configure(workers=1)
+        reached, released = stopped(pool.Pool, '_run_once')
+        check()
+        assert reached.wait(100)
+        waiting = torch.compile(g, backend="frame_swap")
+        check(g, waiting)
+        fork_child, child = child, lambda: fork_child(lambda x: (x.tan() @ x).relu())
+        fork()
+        check()
+        frame_swap.wait()
+        check()
+        check(g, waiting)
+        print("parent", *states())
+        """,
+    )
+    assert states == {"child": ["failed", "failed", "installed"], "parent": ["installed", "installed"]}
+
+
 MOMENTS = {
     # The loader thread holds Dynamo's compile lock, and much of Inductor is patched.
     "a load": ("load, 'load', after=True", "check()"),
