@@ -2,7 +2,7 @@
 
 1 capture   Dynamo traces the user's frame and hands over its graph
 2 ship      a cleaned copy goes to a compile worker, first thing
-3 serve     AOTAutograd's eager forward and backward, traced meanwhile, serve the calls
+3 serve     eager code serves the calls meanwhile: Dynamo's graph as it is, or a pair that AOTAutograd traces
 4 hook      the frame's new code calls a trampoline of ours
 5 to 7      compile, load, install: `delivery.py`, later and on other threads
 """
@@ -26,7 +26,7 @@ from .errors import FrameSwapWarning, Unshippable
 from .frames.call_site import CallSite
 from .internals import dynamo, fake_tensors, inductor, probe
 from .region import Event, Record
-from .serving.pair import trace_pair
+from .serving.eager import eager_code
 from .serving.trampoline import Trampoline
 from .shipping import echo, parcel
 from .shipping.graph import is_repeatable
@@ -44,7 +44,7 @@ def frame_swap_backend(
     Args:
         gm: Dynamo's graph; may be changed, as by every backend.
         example_inputs: its inputs, real or fake.
-        mode, options: as `torch.compile`'s for Inductor.
+        mode, options: as `torch.compile`'s for Inductor; `options` may also have the setting `first`.
 
     Returns:
         A callable that takes the graph's inputs and returns the tuple of its outputs.
@@ -52,6 +52,7 @@ def frame_swap_backend(
     Raises:
         ValueError: an unknown mode or option.
     """
+    wished, options = settings.with_options(options)
     changes = inductor.options_of(mode, options)
     if settings.disabled() or _unsupported():
         return inductor.stock_inductor(gm, example_inputs, changes)
@@ -60,7 +61,7 @@ def frame_swap_backend(
     frame = dynamo.captured_frame()
     record = Record(frame.code if frame else None, str(gm.meta.get("dynamo_compile_id") or ""))
     with record.captured():
-        return _start(record, frame, gm, example_inputs, changes)
+        return _start(record, frame, gm, example_inputs, changes, wished)
 
 
 def _start(
@@ -69,10 +70,9 @@ def _start(
     gm: torch.fx.GraphModule,
     example_inputs: list[Any],
     changes: dict[str, Any],
+    wished: settings.Settings,
 ) -> Callable[..., Any]:
     """Start the background compile; return the callable that serves calls meanwhile."""
-    wished = settings.current()
-
     # 2. Ship
     delivery = job = None
     if wished.when == "never":
@@ -102,17 +102,18 @@ def _start(
     # 3. Serve
     try:
         with echo.muted() if job is not None else contextlib.nullcontext():
-            pair = trace_pair(gm, example_inputs)
+            eager = eager_code(gm, example_inputs, wished.first)
     except dynamo.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
         record.abandon("Dynamo started the frame over")
         raise
     except Exception as error:
         record.attempts[0].cancel_job()
-        reason = f"no eager pair: {type(error).__name__}: {error}"
+        reason = f"no eager code: {type(error).__name__}: {error}"
         return _compile_in_foreground(record, reason, gm, example_inputs, changes)
 
     # 4. Hook
-    trampoline = Trampoline(record, pair, wished.when)
+    record.eager, record.eager_reason = eager.kind, eager.reason
+    trampoline = Trampoline(record, eager.call, wished.when)
     if frame is not None and "backend_id" in gm.meta:
         whole = dynamo.captured_whole(gm)
         trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline, whole)

@@ -7,9 +7,11 @@ from typing import Any, TypeVar, overload
 
 import torch
 
+from . import settings
 from .backend import frame_swap_backend
 from .frames import dispatch
 from .internals import eval_frame, inductor
+from .settings import First
 
 T = TypeVar("T", bound="type[torch.nn.Module] | torch.nn.Module | Callable[..., Any]")
 
@@ -25,6 +27,7 @@ def opt_in(
     fullgraph: bool = False,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    first: First | None = None,
     static_module: bool = False,
 ) -> Callable[[T], T]: ...
 
@@ -37,6 +40,7 @@ def opt_in(
     fullgraph: bool = False,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    first: First | None = None,
     static_module: bool = False,
 ) -> Any:
     """Compile `target` with frame-swap, with or without arguments: `@opt_in` or `@opt_in(dynamic=True)`.
@@ -45,6 +49,7 @@ def opt_in(
         target: an `nn.Module` class (the calls of all instances are compiled, also those of subclasses), a module
             (changed in place and returned, so that its class, state dict and pickle stay the same) or a function.
         dynamic, fullgraph, mode, options: as for `torch.compile`.
+        first: the setting of `frame_swap.configure` for `target`; None for the one in force at capture.
         static_module: a promise about the module, or about each instance of the class. Guards on the module are
             then evaluated once instead of on each call; see below.
 
@@ -76,7 +81,9 @@ def opt_in(
     unnoticed: calls go on running code compiled for the former module, and may return wrong values or crash.
     `torch._dynamo.reset()` ends the promise.
     """
-    inductor.options_of(mode, options)  # an unknown name raises here, not at the first call
+    if first is not None:
+        options = {**(options or {}), "first": first}
+    inductor.options_of(mode, settings.with_options(options)[1])  # what is wrong raises here, not at the first call
 
     def compiled(function: Callable[..., Any]) -> Any:
         return torch.compile(

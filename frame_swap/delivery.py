@@ -98,8 +98,8 @@ class Delivery:
 
     def request(self, *, deliver: bool = True) -> Job:
         """Submit the compile. Its outcome goes to `arrived`; without `deliver` the caller waits for the job."""
-        order, calls = self._order, self._order.record.pair_calls
-        demand = Demand(lambda: order.record.pair_calls - calls, order.size, awaited=not deliver)
+        order, calls = self._order, self._order.record.eager_calls
+        demand = Demand(lambda: order.record.eager_calls - calls, order.size, awaited=not deliver)
         job = service.submit(order.parcel, self.arrived if deliver else None, self._sizes, demand)
         self._attempt.began(job.cancel)
         return job

@@ -21,6 +21,7 @@ from .errors import nearest
 from .runtime.machine import default_workers
 
 When = Literal["ready", "wait", "manual", "never"]
+First = Literal["graph", "pair"]
 
 
 # --- How a field is described ---
@@ -142,6 +143,15 @@ class Settings:
         _is_one_of(*get_args(When)),
         str,
     )
+    first: First = _setting(
+        "graph",
+        """What serves the calls of a graph until compiled code does. "graph": Dynamo's graph as it is, with
+        PyTorch's autograd. "pair": a forward and a backward of eager operators, which AOTAutograd traces in the
+        call that captures the graph. A graph that one of the two cannot serve, or not as well, takes the other.
+        `torch.compile`'s `options` and `opt_in` take this setting, too.""",
+        _is_one_of(*get_args(First)),
+        str,
+    )
     delay: float = _setting(
         0.0,
         "Seconds between the end of a compile and the loading of its result; for tests.",
@@ -251,6 +261,23 @@ def current() -> Settings:
     return _current
 
 
+_IN_OPTIONS = ("first",)
+"""Settings that `torch.compile`'s `options` may name; they hold for that call of `torch.compile` alone."""
+
+
+def with_options(options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any] | None]:
+    """The settings in force with the changes that `options` make, and the options that remain for Inductor.
+
+    Raises:
+        ValueError: a setting cannot have this value.
+    """
+    if not options or not any(name in options for name in _IN_OPTIONS):
+        return current(), dict(options) if options else None
+    changes = {name: options[name] for name in _IN_OPTIONS if name in options}
+    others = {name: value for name, value in options.items() if name not in changes}
+    return dataclasses.replace(current(), **changes), others or None
+
+
 _P = ParamSpec("_P")
 
 
@@ -295,7 +322,7 @@ def reference() -> str:
     for field in dataclasses.fields(Settings):
         about = _SETTINGS[field.name]
         variable = f"`{_variable(field.name)}`" if about.parse is not None else ""
-        kind = str(field.type).replace("When", "str").replace("|", r"\|")
+        kind = str(field.type).replace("When", "str").replace("First", "str").replace("|", r"\|")
         rows.append(f"| `{field.name}` | `{kind}` | {about.default} | {variable} |")
         paragraphs.append(f"**`{field.name}`** {about.description}")
     return "\n".join(rows) + "\n\n" + "\n\n".join(paragraphs) + "\n"

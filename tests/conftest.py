@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests marked long, too")
     parser.addoption("--quick", action="store_true", help="run only tests marked quick: under two minutes")
     parser.addoption("--fast", action="store_true", help="run only tests marked quick or fast: under eight minutes")
+    parser.addoption("--first", choices=("graph", "pair"), help="the setting `first` for tests that do not choose")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,11 +42,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean_slate(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iterator[None]:
     """Start each test without compiled frames and regions, with default settings and seeded random numbers."""
     for variable in ("DISABLE", *(field.name.upper() for field in dataclasses.fields(settings.Settings))):
         monkeypatch.delenv(f"FRAME_SWAP_{variable}", raising=False)
     settings._current = None
+    if first := pytestconfig.getoption("--first"):
+        monkeypatch.setenv("FRAME_SWAP_FIRST", first)
     monkeypatch.setenv(attempt.STRICT, "1")
     torch._dynamo.reset()
     record.forget_all()

@@ -155,7 +155,7 @@ def live(report: Report) -> list[Record]:
 
 
 def wait_for_all() -> None:
-    """Wait until compiled code is loaded for each graph; the pair still serves, since `when` is "manual"."""
+    """Wait until compiled code is loaded for each graph; eager code still serves, since `when` is "manual"."""
     regions = live(frame_swap.wait())
     assert {r.state for r in regions} == {State.READY}, frame_swap.report()
 
@@ -169,7 +169,7 @@ def swap_all() -> list[Record]:
 
 
 def through_swap(*makes: Make, device: str, wrap: Wrap = with_frame_swap) -> list[Record]:
-    """Compare eager and compiled twins while the pair serves, when compiled code is ready, and after the swap.
+    """Compare eager and compiled twins while eager code serves, when compiled code is ready, and after the swap.
 
     Returns the regions, at least one; compiled code is installed for each.
     """
@@ -181,13 +181,13 @@ def through_swap(*makes: Make, device: str, wrap: Wrap = with_frame_swap) -> lis
     for each in twins:
         each.check("during")
     regions = swap_all()
-    pair_calls = [r.pair_calls for r in regions]
-    assert all(pair_calls), "some graph was not called on its pair"
+    eager_calls = [r.eager_calls for r in regions]
+    assert all(eager_calls), "some graph was not called on eager code"
     for each in twins:
         each.check("after")
         each.check("long after")
     assert records() == regions, "the swap made Dynamo compile again"
-    assert [r.pair_calls for r in regions] == pair_calls, "a pair was called after the swap"
+    assert [r.eager_calls for r in regions] == eager_calls, "eager code was called after the swap"
     return regions
 
 

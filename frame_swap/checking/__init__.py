@@ -1,4 +1,4 @@
-"""Trials of compiled code: does it compute the same as the pair (`verify`), and is it faster (`profit`)?
+"""Trials of compiled code: does it compute the same as eager code (`verify`), and is it faster (`profit`)?
 
 This package knows no processes and no frames, except `repro`, which compiles a graph again that a folder holds.
 """

@@ -1,13 +1,13 @@
-"""Make one call twice, with the pair and with compiled code, and compare outputs, gradients and changed arguments.
+"""Make one call twice, with eager code and with compiled code; compare outputs, gradients and changed arguments.
 
 Both sides run forward and backward on copies of the arguments, from the same random state. Two values are equal
 if PyTorch's accuracy checks take them for equal (`torch._dynamo.utils.same`): they are close, or the error of
-compiled code is hardly larger than that of the pair. Dynamo's graph, run op by op in double precision, gives the
+compiled code is hardly larger than that of eager code. Dynamo's graph, run op by op in double precision, gives the
 correct values for this.
 
 In two cases only types and shapes are compared, since values differ from run to run: the graph draws random numbers
 and compiled code draws others, or values differ and the graph makes uninitialised memory. A graph draws random
-numbers if the pair's run changed the state of a generator.
+numbers if eager code's run changed the state of a generator.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class Observation:
 
 
 class Comparison:
-    """The pair's results for one call, to compare those of compiled code with.
+    """Eager code's results for one call, to compare those of compiled code with.
 
     Args:
-        pair: the pair; called at once, on a copy of the arguments.
+        eager_code: called at once, on a copy of the arguments.
         arguments: the arguments of the call; not changed.
         graph: Dynamo's graph, which gives the correct values if the two sides differ.
-        same_numbers: whether compiled code draws the same random numbers as the pair.
+        same_numbers: whether compiled code draws the same random numbers as eager code.
 
     Attributes:
-        expected, actual: the results of the pair, and of compiled code.
-        random: whether the pair has drawn random numbers.
+        expected, actual: the results of eager code, and of compiled code.
+        random: whether eager code has drawn random numbers.
         incomparable: why values are not compared; "" if they are.
 
     Raises:
@@ -65,7 +65,7 @@ class Comparison:
 
     def __init__(
         self,
-        pair: Call,
+        eager_code: Call,
         arguments: tuple[Any, ...],
         graph: Call | None = None,
         *,
@@ -74,7 +74,7 @@ class Comparison:
         self._arguments = arguments
         self._graph = graph
         self._state = RandomState()
-        self.expected = observe(pair, Arguments(arguments))
+        self.expected = observe(eager_code, Arguments(arguments))
         self.random = self._state.differs() or any(isinstance(x, torch.Generator) for x in arguments)
         self._state.restore()
         self.actual = self.expected
@@ -83,7 +83,7 @@ class Comparison:
             self.incomparable = "it draws random numbers, and compiled code draws others"
 
     def difference(self, compiled: Call) -> str:
-        """The first difference of compiled code from the pair; "" if there is none. Restores the random state."""
+        """The first difference of compiled code from eager code; "" if there is none. Restores the random state."""
         self.actual = observe(compiled, Arguments(self._arguments))
         self._state.restore()
         try:
@@ -96,14 +96,15 @@ class Comparison:
         if expected.error or actual.error:
             if expected.error and actual.error:
                 return ""
-            return f"compiled code raises {actual.error or 'nothing'}, the pair {expected.error or 'nothing'}"
+            return f"compiled code raises {actual.error or 'nothing'}, eager code {expected.error or 'nothing'}"
         if expected.values.keys() != actual.values.keys():
-            return f"compiled code gives {', '.join(actual.values)}; the pair {', '.join(expected.values)}"
+            return f"compiled code gives {', '.join(actual.values)}; eager code {', '.join(expected.values)}"
         for name, want in expected.values.items():
             if why := self._difference_in_layout(name, actual.values[name], want):
                 return f"{name}: {why}"
         if actual.differentiable != expected.differentiable:
-            return f"outputs that require a gradient: {actual.differentiable}, the pair's {expected.differentiable}"
+            have, want = actual.differentiable, expected.differentiable
+            return f"outputs that require a gradient: {have}, eager code's {want}"
         if self.incomparable:
             return ""
         difference = self._difference_in_values(actual.values)
@@ -157,8 +158,8 @@ def _same(want: Any, have: Any, right: Tensor | None) -> bool:
 
 def _how_far(have: Any, want: Any) -> str:
     if not isinstance(want, Tensor):
-        return f"{have!r}, the pair's {want!r}"
-    return f"up to {distance(have, want):.3g} off the pair's"
+        return f"{have!r}, eager code's {want!r}"
+    return f"up to {distance(have, want):.3g} off eager code's"
 
 
 def observe(call: Call, arguments: Arguments) -> Observation:
@@ -209,14 +210,14 @@ class RandomState:
 def difference_in_layout(have: Any, want: Any, *, strides: bool) -> str:
     """The first difference other than in values; "" if there is none."""
     if not isinstance(want, Tensor):
-        return "" if type(have) is type(want) else f"a {type(have).__name__}, the pair's a {type(want).__name__}"
+        return "" if type(have) is type(want) else f"a {type(have).__name__}, eager code's a {type(want).__name__}"
     if not isinstance(have, Tensor):
-        return f"a {type(have).__name__}, the pair's a tensor"
+        return f"a {type(have).__name__}, eager code's a tensor"
     for what in ("dtype", "shape", "device", "layout"):
         if getattr(have, what) != getattr(want, what):
-            return f"{what} {getattr(have, what)}, the pair's {getattr(want, what)}"
+            return f"{what} {getattr(have, what)}, eager code's {getattr(want, what)}"
     if strides and want.layout is torch.strided and _significant_strides(have) != _significant_strides(want):
-        return f"stride {have.stride()}, the pair's {want.stride()} (shape {tuple(want.shape)})"
+        return f"stride {have.stride()}, eager code's {want.stride()} (shape {tuple(want.shape)})"
     return ""
 
 
@@ -245,7 +246,7 @@ def makes_uninitialised(graph: torch.nn.Module) -> bool:
 
 
 def copy_of_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A copy of `gm`; tracing the pair will change the original."""
+    """A copy of `gm`; tracing a pair changes the original."""
     graph = torch.fx.Graph(tracer_cls=dynamo.tracer_class(gm))
     graph.output(graph.graph_copy(gm.graph, {}))
     return torch.fx.GraphModule(gm, graph)

@@ -1,9 +1,10 @@
-"""`profit=True`: time the first calls on the pair and on compiled code, and reject compiled code that is slower.
+"""`profit=True`: time the first calls on eager code and on compiled code, and reject compiled code that is slower.
 
-Of each two calls the pair serves one and compiled code the other, in random order; so neither gets all the larger
+Of each two calls eager code serves one and compiled code the other, in random order; so neither gets all the larger
 inputs if sizes alternate. Measured are the graph's call and the backward of that call, if it has run by the time of
-the verdict: from the moment autograd's engine enters the graph's node until it leaves it. On an accelerator both
-ends wait for the device. Calls made while workers compile are not measured, since the pair then leaves them a core.
+the verdict: from the moment autograd's engine enters its first node until it leaves its last. On an accelerator
+both ends wait for the device. Calls made while workers compile are not measured, since eager code then leaves them
+a core.
 
 Medians are compared. The noise of a median is the half-width of a box plot's notch, 1.57 × interquartile range /
 √n (McGill, Tukey and Larsen, "Variations of Box Plots", The American Statistician 32(1), 1978): if two notches do
@@ -19,12 +20,12 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..internals import dynamo, eval_frame
+from ..internals import dynamo, eager, eval_frame
 from .trial import Findings, Sides, Trial
 
 WARM_UP = 3
@@ -64,7 +65,7 @@ class Figure:
 
 
 class Measurement(Trial):
-    """The trial that rejects compiled code if it is slower than the pair.
+    """The trial that rejects compiled code if it is slower than what serves now.
 
     Args:
         undisturbed: tells whether a time measured now is meaningful: no worker compiles.
@@ -77,16 +78,16 @@ class Measurement(Trial):
         self._clock = clock
         self._random = random.Random(0)
         self._turns: list[str] = []
-        self._samples: dict[str, list[_Sample]] = {"pair": [], "compiled": []}
+        self._samples: dict[str, list[_Sample]] = {"current": [], "compiled": []}
 
     def call(self, sides: Sides, args: Sequence[Any]) -> Any:
         if not self._undisturbed() or eval_frame.watched_by_mode():
             return sides.compiled(*args)
         if not self._turns:
-            self._turns = self._random.sample(["pair", "compiled"], 2)
+            self._turns = self._random.sample(["current", "compiled"], 2)
         side = self._turns.pop()
         sample = _Sample()
-        outputs = self._timed(sides.pair if side == "pair" else sides.compiled, args, sample)
+        outputs = self._timed(sides.current if side == "current" else sides.compiled, args, sample)
         self._samples[side].append(sample)
         if all(len(samples) >= WARM_UP + CALLS for samples in self._samples.values()):
             self._decide()
@@ -94,21 +95,23 @@ class Measurement(Trial):
 
     def _timed(self, call: Callable[..., Any], args: Sequence[Any], sample: _Sample) -> Any:
         devices = {x.device for x in args if isinstance(x, Tensor) and x.device.type != "cpu"}
+        before = [node for x in args if (node := _node(x)) is not None]
         _synchronise(devices)
         start = self._clock()
         outputs = call(*args)
         _synchronise(devices)
         sample.forward = self._clock() - start
-        if (node := _node_of_graph(outputs)) is not None:
-            self._time_backward(node, devices, sample)
+        if (nodes := _Nodes.of([*outputs, *args], before)) is not None:
+            self._time_backward(nodes, devices, sample)
         return outputs
 
-    def _time_backward(self, node: Any, devices: Iterable[torch.device], sample: _Sample) -> None:
+    def _time_backward(self, nodes: _Nodes, devices: Iterable[torch.device], sample: _Sample) -> None:
         start: list[float] = []
 
         def enter(gradients: Any) -> None:
-            _synchronise(devices)
-            start[:] = [self._clock()]
+            if not start:
+                _synchronise(devices)
+                start[:] = [self._clock()]
 
         def leave(inputs: Any, outputs: Any) -> None:
             _synchronise(devices)
@@ -117,8 +120,9 @@ class Measurement(Trial):
 
         for function in (enter, leave):
             dynamo.skip_frames(function.__code__)
-        node.register_prehook(enter)
-        node.register_hook(leave)
+        for node in nodes.first:
+            node.register_prehook(enter)
+        nodes.last.register_hook(leave)
 
     def _decide(self) -> None:
         counted = {side: samples[WARM_UP:] for side, samples in self._samples.items()}
@@ -126,11 +130,11 @@ class Measurement(Trial):
         backward = all(len(samples) >= CALLS // 2 for samples in whole.values())
         chosen = whole if backward else counted
         seconds = {side: [s.forward + (s.backward or 0.0) * backward for s in chosen[side]] for side in chosen}
-        pair, compiled = Figure.of(seconds["pair"]), Figure.of(seconds["compiled"])
+        current, compiled = Figure.of(seconds["current"]), Figure.of(seconds["compiled"])
         what = "forward and backward" if backward else "forward"
-        figures = f"{compiled} a call, the pair's {pair} ({what}, medians of {len(seconds['compiled'])} calls)"
+        figures = f"{compiled} a call, {current} before ({what}, medians of {len(seconds['compiled'])} calls)"
         self.findings = Findings(profit=figures)
-        self.verdict = f"it is slower than the pair: {figures}" if compiled.slower_than(pair) else ""
+        self.verdict = f"it is slower than what serves now: {figures}" if compiled.slower_than(current) else ""
 
 
 def _synchronise(devices: Iterable[torch.device]) -> None:
@@ -138,16 +142,39 @@ def _synchronise(devices: Iterable[torch.device]) -> None:
         torch.accelerator.synchronize(device)
 
 
-_DEPTH = 4
-"""The most nodes between an output and the graph's node: AOTAutograd makes some views again outside the graph."""
+class _Nodes(NamedTuple):
+    """Autograd's nodes of one call.
+
+    Attributes:
+        first: those of its outputs: one of them is the first to run in a backward.
+        last: of those that lead out of the call, the one made first. Autograd's engine takes, of all nodes that are
+            ready, the one made last: so this one runs last.
+    """
+
+    first: list[Any]
+    last: Any
+
+    @classmethod
+    def of(cls, outputs: Iterable[Any], before: Iterable[Any]) -> _Nodes | None:
+        """The nodes of a call; None if nothing of it has a backward.
+
+        Args:
+            outputs: of the call, and the arguments, which it may have changed.
+            before: the nodes of the arguments before the call.
+        """
+        outside = set(before)
+        first = list({node: None for x in outputs if (node := _node(x)) is not None and node not in outside})
+        seen, to_visit, leading_out = set(first), list(first), []
+        while to_visit:
+            node = to_visit.pop()
+            following = [n for n, _ in node.next_functions if n is not None]
+            inside = [n for n in following if n not in outside and not eager.accumulates(n)]
+            if len(inside) < len(following):
+                leading_out.append(node)
+            to_visit += (new := [n for n in dict.fromkeys(inside) if n not in seen])
+            seen.update(new)
+        return cls(first, min(leading_out, key=eager.sequence_number)) if leading_out else None
 
 
-def _node_of_graph(outputs: Any) -> Any | None:
-    """AOTAutograd's node in the history of `outputs`; its backward is the backward of the graph."""
-    nodes: list[Any] = [x.grad_fn for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None]
-    for _ in range(_DEPTH):
-        for node in nodes:
-            if node.name() == "CompiledFunctionBackward":
-                return node
-        nodes = [following for node in nodes for following, _ in node.next_functions if following is not None]
-    return None
+def _node(value: Any) -> Any | None:
+    return value.grad_fn if isinstance(value, Tensor) else None

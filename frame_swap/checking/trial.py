@@ -12,14 +12,16 @@ class Sides(NamedTuple):
     """The two sides of a trial. Each takes the graph's inputs.
 
     Attributes:
-        pair: the eager pair, to serve the caller; the report counts this call.
-        compiled: the code on trial, to serve the caller; if it raises, the call is recovered on the pair.
-        bare_pair, bare_compiled: the same two, without counting and without recovery; to compare them.
+        current: what serves now, eager code or the compiled code in place, to serve the caller; the report counts
+            this call.
+        compiled: the code on trial, to serve the caller; if it raises, the call is recovered on eager code.
+        bare_eager, bare_compiled: eager code and the code on trial, without counting and without recovery; to
+            compare them.
     """
 
-    pair: Callable[..., Any]
+    current: Callable[..., Any]
     compiled: Callable[..., Any]
-    bare_pair: Callable[..., Any]
+    bare_eager: Callable[..., Any]
     bare_compiled: Callable[..., Any]
 
 
@@ -28,7 +30,7 @@ class Findings:
     """Results of a trial for the report.
 
     Attributes:
-        verified: calls on which compiled code and the pair agreed; None if the trial does not compare them.
+        verified: calls on which compiled code and eager code agreed; None if the trial does not compare them.
         profit: time of a call on each side, as text; None if the trial has not measured it.
     """
 

@@ -1,7 +1,7 @@
-"""`verify=n`: compare compiled code with the pair on the first `n` calls that compiled code could serve.
+"""`verify=n`: compare compiled code with eager code on the first `n` calls that compiled code could serve.
 
-The pair serves the caller, with its own autograd graph. The comparison runs before, on copies of the arguments: so
-inputs are changed once, gradients are accumulated once, and the random numbers are the same as without it.
+Eager code serves the caller, with its own autograd graph. The comparison runs before, on copies of the arguments:
+so inputs are changed once, gradients are accumulated once, and the random numbers are the same as without it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ KeepRepro = Callable[[Sequence[Any], str], str]
 
 
 class Verification(Trial):
-    """The trial that rejects compiled code if its results differ from the pair's.
+    """The trial that rejects compiled code if its results differ from eager code's.
 
     Args:
         calls: the number of calls to compare.
         graph: Dynamo's graph.
         keep_repro: called if there is a difference.
-        same_numbers: whether compiled code draws the same random numbers as the pair.
+        same_numbers: whether compiled code draws the same random numbers as eager code.
         repeatable: whether a call may be made twice: it only returns outputs and changes inputs.
     """
 
@@ -62,15 +62,15 @@ class Verification(Trial):
             except Exception as error:
                 log.warning("frame-swap: verifying compiled code failed", exc_info=True)
                 self._pass(f"not verified: {type(error).__name__}: {error}")
-        return sides.pair(*args)
+        return sides.current(*args)
 
     def _compare(self, sides: Sides, args: tuple[Any, ...]) -> None:
-        comparison = Comparison(sides.bare_pair, args, self._graph, same_numbers=self._same_numbers)
+        comparison = Comparison(sides.bare_eager, args, self._graph, same_numbers=self._same_numbers)
         if comparison.expected.error:
             return  # the call itself will raise it
         difference = comparison.difference(sides.bare_compiled)
         if difference:
-            self.verdict = f"it is not what the pair computes: {difference}; {self._keep_repro(args, difference)}"
+            self.verdict = f"it is not what eager code computes: {difference}; {self._keep_repro(args, difference)}"
             return
         self._made += 1
         self.findings = Findings(verified=self._made)

@@ -19,7 +19,7 @@ with names_looked_up():
     )
     from torch._library.custom_ops import OPDEFS, CustomOpDef
     from torch._library.simple_registry import singleton as operator_registry
-    from torch._ops import OpOverload, OpOverloadPacket
+    from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 __all__ = [
     "CustomOpDef",
@@ -35,6 +35,7 @@ __all__ = [
     "dispatch_keys",
     "effect",
     "fake_impl",
+    "higher_order_name",
     "is_repeatable",
     "is_triton_kernel",
     "kernel_side_table",
@@ -139,6 +140,11 @@ def autocast_dtypes(definition: Any) -> dict[str, torch.dtype]:
     else:  # up to 2.12
         dtypes = {"cpu": definition._autocast_cpu_dtype, "cuda": definition._autocast_cuda_dtype}
     return {device: dtype for device, dtype in dtypes.items() if dtype is not None}
+
+
+def higher_order_name(target: object) -> str | None:
+    """The name of a higher-order operator; None if `target`, of a graph's node, is none."""
+    return str(target._name) if isinstance(target, HigherOrderOperator) else None
 
 
 def is_triton_kernel(target: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ with names_looked_up():
     unsafe_view = torch.ops.aten._unsafe_view.default
 
 __all__ = [
+    "accumulates",
     "accuracy_tolerance",
     "backend_flags_unlocked",
     "base_of",
@@ -46,6 +48,7 @@ __all__ = [
     "neg_view",
     "no_autocast",
     "same",
+    "sequence_number",
     "set_grad_enabled",
     "set_view_replay_enabled",
     "storage_id",
@@ -75,6 +78,16 @@ def backend_flags_unlocked() -> contextlib.AbstractContextManager[None]:
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """The base of `tensor` if autograd knows it as a view; else None."""
     return tensor._base
+
+
+def accumulates(node: Any) -> bool:
+    """Whether autograd's `node` adds to the `.grad` of a leaf."""
+    return bool(node.name() == "torch::autograd::AccumulateGrad")
+
+
+def sequence_number(node: Any) -> int:
+    """A number that grows from each node of autograd's to the next one that its thread makes."""
+    return int(node._sequence_nr())
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:

@@ -35,7 +35,8 @@ class Record(Summary):
     def __init__(self, code: CodeType | None, compile_id: str) -> None:
         self.frame = f"{code.co_qualname}, {code.co_filename}:{code.co_firstlineno}" if code else "no frame"
         self.compile_id = compile_id
-        self.pair_calls = 0
+        self.eager = self.eager_reason = ""
+        self.eager_calls = 0
         self.ship_s: float | None = None
         self.attempts: list[Attempt] = [Attempt(self)]
         self._server: weakref.ref[Any] | None = None
@@ -83,7 +84,15 @@ class Record(Summary):
         with lock:
             compiles = tuple(a.row() for a in self.attempts if a.state is not State.EAGER)
             return Region(
-                self.frame, self.compile_id, self.state, self.reason, self.pair_calls, self.ship_s, compiles
+                self.frame,
+                self.compile_id,
+                self.state,
+                self.reason,
+                self.eager,
+                self.eager_reason,
+                self.eager_calls,
+                self.ship_s,
+                compiles,
             )
 
     def begin(self, attempt: Attempt) -> None:

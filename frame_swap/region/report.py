@@ -119,7 +119,10 @@ class Region(Summary):
         frame: qualified name, file and line of the user's function.
         compile_id: Dynamo's, as in its logs: "frame/recompile".
         state, reason: what serves its calls, and why where that needs saying.
-        pair_calls: calls that eager code has served.
+        eager: the eager code: "graph" for Dynamo's graph as it is, "pair" for AOTAutograd's forward and backward;
+            "" where there is none.
+        eager_reason: why it is not the one that the setting `first` asks for; "" where it is.
+        eager_calls: calls that eager code has served.
         ship_s: seconds spent packing the graph, in the call; None where it was not packed.
         compiles: every compile for it, the oldest first. `queue_s`, `compile_s`, `load_s`, `install_s`,
             `artifact_bytes`, `wrappers`, `verified`, `profit`, `worker_pid`, `compile_span` and `installed_at` are
@@ -130,7 +133,9 @@ class Region(Summary):
     compile_id: str
     state: State
     reason: str
-    pair_calls: int
+    eager: str
+    eager_reason: str
+    eager_calls: int
     ship_s: float | None
     compiles: tuple[Compile, ...]
 

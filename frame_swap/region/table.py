@@ -34,12 +34,15 @@ def rendered(report: Report) -> Group:
     for title in ("eager\ncalls", "ship\ns", "queue\ns", "comp.\ns", "load\ns", "inst.\nms"):
         table.add_column(title, justify="right", no_wrap=True)
     for region in report.regions:
-        shared = _short(region.frame), region.compile_id, region.state, str(region.pair_calls)
+        shared = _short(region.frame), region.compile_id, region.state, str(region.eager_calls)
         table.add_row(*shared, _number(region.ship_s, 2), *_times(region.compiles[:1]))
         for compile in region.compiles[1:]:
             table.add_row(f"  {compile.purpose}", "", compile.state, "", "", *_times([compile]))
     counts = Counter(region.state for region in report.regions)
     summary = ", ".join(f"{n} {state}" for state, n in counts.items()) or "no graph captured yet"
+    kinds = Counter(region.eager for region in report.regions if region.eager)
+    if kinds:
+        summary += f"; before the swap: {', '.join(f'{n} on the {kind}' for kind, n in kinds.items())}"
     lines = [summary, *(line for region in report.regions for line in _remarks(region))]
     return Group(table, *(Padding(Text(line), (0, 0, 0, 2)) for line in lines))
 
@@ -49,6 +52,8 @@ def _remarks(region: Region) -> Iterator[str]:
     name = f"{region.compile_id} {_short(region.frame)}".strip()
     if region.reason:
         yield f"{name}: {region.state}: {region.reason}"
+    if region.eager_reason:
+        yield f"{name}: its eager code is the {region.eager}: {region.eager_reason}"
     if region.late_guards:
         yield f"{name}: late guards: {'; '.join(region.late_guards)}"
     if region.wrappers:

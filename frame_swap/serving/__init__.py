@@ -1,1 +1,1 @@
-"""What serves the calls of a region: the eager pair, compiled code, and the trampoline that chooses."""
+"""What serves the calls of a region: eager code, compiled code, and the trampoline that chooses."""

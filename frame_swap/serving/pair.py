@@ -1,9 +1,4 @@
-"""The pair: AOTAutograd's eager forward and backward of a graph, which serve calls while it compiles.
-
-Guarantees:
-- A call on the pair changes how many threads the calling thread's ops may use, and puts that back. Not so for
-  threads that start meanwhile, which would keep what `torch.set_num_threads` has set.
-"""
+"""The pair: AOTAutograd's eager forward and backward of a graph."""
 
 from __future__ import annotations
 
@@ -12,58 +7,44 @@ from typing import Any
 
 import torch
 
-from ..farm.service import service
 from ..internals import aot, fake_tensors
-from ..runtime import openmp
 
 Boxed = Callable[[list[Any]], Any]
+Around = Callable[[torch.fx.GraphModule, Boxed], Boxed]
 
 
-def trace_pair(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+def trace_pair(gm: torch.fx.GraphModule, example_inputs: list[Any], around: Around) -> Callable[..., Any]:
     """Trace `gm` into an eager forward and backward, with no Inductor decompositions.
 
     The default partition saves what eager would save; the min-cut one recomputes activations in the
     backward, which pays only where Inductor fuses the recomputation away, and takes longer to find.
 
+    Args:
+        around: given each of the two graphs and what runs it, returns what is to be run instead.
+
     Returns a callable that takes the graph's inputs and returns the tuple of its outputs.
     """
+
+    def forward(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
+        run: Boxed = around(gm, _uncounted_changes(gm, aot.boxed_nop(gm, example_inputs)))
+        aot.mark_boxed(run)
+        return run
+
+    def backward(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
+        """The backward overwrites no saved tensor, so it may be called again."""
+        context = fake_tensors.TracingContext.try_get()
+        if context is not None and context.fw_metadata is not None:
+            context.fw_metadata.bw_donated_idxs = []
+        return forward(gm, example_inputs)
+
     trace = aot.aot_autograd(
-        fw_compiler=_eager,
-        bw_compiler=_eager_backward,
+        fw_compiler=forward,
+        bw_compiler=backward,
         partition_fn=aot.default_partition,
         keep_inference_input_mutations=True,
     )
     pair: Callable[..., Any] = trace(gm, example_inputs)
     return pair
-
-
-def _eager(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
-    """Run the graph op by op, leaving a core to each worker that compiles.
-
-    Threads that wait for each other at the end of each op, spinning as OpenMP's do, lose far more than their
-    share when a worker takes one of their cores: on two cores, steps of 36 ms took 220 ms beside a worker and
-    90 ms on the one thread left, and compiled code came sooner too.
-
-    Graphs with convolutions keep their threads: whether there is more than one decides which of PyTorch's
-    backends a convolution runs on, and so the layout of its output.
-    """
-    run: Boxed = _uncounted_changes(gm, aot.boxed_nop(gm, example_inputs))
-    if any("convolution" in str(node.target) for node in gm.graph.nodes):
-        return run
-
-    def run_beside_workers(args: list[Any]) -> Any:
-        return openmp.call_on_threads(service.threads_for_program(), run, args)
-
-    aot.mark_boxed(run_beside_workers)
-    return run_beside_workers
-
-
-def _eager_backward(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
-    """Run the backward op by op: it overwrites no saved tensor, so it may be called again."""
-    context = fake_tensors.TracingContext.try_get()
-    if context is not None and context.fw_metadata is not None:
-        context.fw_metadata.bw_donated_idxs = []
-    return _eager(gm, example_inputs)
 
 
 def _uncounted_changes(gm: torch.fx.GraphModule, run: Boxed) -> Boxed:

@@ -154,7 +154,7 @@ class Trampoline:
         return outputs
 
     def _call_eager(self, args: Sequence[Any]) -> Any:
-        self._record.pair_calls += 1
+        self._record.eager_calls += 1
         return self.eager(*args)
 
     def compiled_for(self, args: Sequence[Any]) -> Callable[..., Any] | None:

@@ -185,7 +185,7 @@ class Progress:
         states = {region.state for region in report().regions}
         if states == {State.INSTALLED}:
             return "compiled code"
-        return "stock Inductor's code" if states <= {State.FOREGROUND} else "the eager pair"
+        return "stock Inductor's code" if states <= {State.FOREGROUND} else "eager code"
 
     def ms(self, compiled: bool | None = None, last: int | None = None) -> float | None:
         """Median milliseconds of a step, without the first step of the run; None if there is no other.
@@ -221,9 +221,9 @@ class Progress:
         if any(region.state is State.PENDING and region.compile_s is None for region in regions):
             return (
                 "Inductor compiles in a worker process, usually for 10 to 60 s. That is normal: training "
-                "runs on, served by the eager pair; the first step after the compile swaps to compiled code."
+                "runs on, served by eager code; the first step after the compile swaps to compiled code."
             )
-        return "Compiled code is loaded; the eager pair serves until the next step swaps to it."
+        return "Compiled code is loaded; eager code serves until the next step swaps to it."
 
     def verdict(self) -> str:
         """The reason why there was no swap."""
@@ -231,7 +231,7 @@ class Progress:
         if not reasons:
             return "frame-swap captured no graph"
         if self._waiting():
-            return f"Inductor was still compiling after {self.elapsed:.0f} s; training ran on the eager pair"
+            return f"Inductor was still compiling after {self.elapsed:.0f} s; training ran on eager code"
         return "; ".join(sorted(reasons))
 
     def line(self) -> str:
@@ -249,7 +249,7 @@ class Progress:
         """The table at the end of the demo."""
         table = Table(box=box.SIMPLE_HEAD, show_header=False, title="What you saw", title_justify="left")
         swap = self.swap_s
-        before = self.serving if swap is None else "the eager pair"
+        before = self.serving if swap is None else "eager code"
         for name, value in (
             ("first step after", _seconds(self.first_step_s)),
             ("swap after", f"no swap yet: {self.verdict()}" if swap is None else _seconds(swap)),

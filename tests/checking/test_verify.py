@@ -62,9 +62,9 @@ def counts(x: Tensor, calls: Tensor) -> Tensor:
 
 
 PLANTED = {
-    "outputs": (exponential, ("aten.exp.default", "aten.expm1.default"), "output 0: up to 2 off the pair's"),
+    "outputs": (exponential, ("aten.exp.default", "aten.expm1.default"), "output 0: up to 2 off eager code's"),
     "gradients": (sine, ("aten.cos.default", "aten.sin.default"), "gradient 0: up to"),
-    "mutations": (counts, ("aten.add.Tensor", "aten.sub.Tensor"), "argument 0: up to 2 off the pair's"),
+    "mutations": (counts, ("aten.add.Tensor", "aten.sub.Tensor"), "argument 0: up to 2 off eager code's"),
 }
 
 
@@ -86,7 +86,7 @@ def test_a_miscompile_is_rejected_and_can_be_repeated(
             frame_swap.wait()
             frame_swap.swap()
     (warning,) = (w for w in caught if issubclass(w.category, FrameSwapWarning))
-    assert (region().state, region().verified, region().pair_calls) == (State.REJECTED, 0, 5)
+    assert (region().state, region().verified, region().eager_calls) == (State.REJECTED, 0, 5)
     assert difference in region().reason
     assert region().reason in str(warning.message)
 
@@ -155,9 +155,9 @@ def test_the_caller_sees_nothing_of_it(device: str) -> None:
     for verified in (1, 2):
         twins.check("on trial at")
         assert region().verified == verified
-    assert (region().state, region().reason, region().pair_calls) == (State.INSTALLED, "", 3)
+    assert (region().state, region().reason, region().eager_calls) == (State.INSTALLED, "", 3)
     twins.check("after")
-    assert region().pair_calls == 3
+    assert region().eager_calls == 3
     assert frame_swap.report().as_dict()["regions"][0]["verified"] == 2
 
 
@@ -320,11 +320,11 @@ def test_late_guards_each_artifact_is_verified() -> None:
             frame_swap.wait()
             frame_swap.swap()
             torch.testing.assert_close(compiled(images), pool(images))
-    calls = region().pair_calls
+    calls = region().eager_calls
     for size in (8, 9):
         images = torch.rand(1, 2, size, size)
         torch.testing.assert_close(compiled(images), pool(images))
-    assert (region().state, region().artifacts, region().pair_calls) == (State.INSTALLED, 2, calls)
+    assert (region().state, region().artifacts, region().eager_calls) == (State.INSTALLED, 2, calls)
 
 
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:

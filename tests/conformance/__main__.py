@@ -35,11 +35,20 @@ class Runs:
         jobs: how many tests at a time.
         cache: where compiled kernels are kept, from one run to the next.
         results: where outcomes go: the path up to the mode's name.
+        first: the setting `first` of frame_swap.
         resume: whether tests that have an outcome there are left out.
     """
 
     def __init__(
-        self, tree: Path, files: Sequence[str], expression: str, jobs: int, cache: Path, results: str, resume: bool
+        self,
+        tree: Path,
+        files: Sequence[str],
+        expression: str,
+        jobs: int,
+        cache: Path,
+        results: str,
+        resume: bool,
+        first: str,
     ) -> None:
         self._folder = tree / "test" / "inductor"
         self._files = files
@@ -56,6 +65,7 @@ class Runs:
             "INDUCTOR_TEST_DISABLE_FRESH_CACHE": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(cache.resolve()),
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+            "FRAME_SWAP_FIRST": first,
             "FRAME_SWAP_WORKERS": "1",  # how much goes on at a time is for `jobs` to say
             "PYTHONWARNINGS": "ignore::DeprecationWarning",
         }
@@ -66,7 +76,8 @@ class Runs:
         Raises:
             SystemExit: pytest could not do it, or was interrupted.
         """
-        path = Path(f"{self._results}-{label or when}.jsonl").resolve()
+        name = when if when == "stock" else f"{when}-{self._environment['FRAME_SWAP_FIRST']}"
+        path = Path(f"{self._results}-{label or name}.jsonl").resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         if not self._resume:
             path.unlink(missing_ok=True)
@@ -120,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = list(dict.fromkeys(one.partition("::")[0] for one in sample)) if sample else chosen.file
     selection = "sample" if sample else "selected" if chosen.k else "all"
     results = f"{chosen.results}/torch-{torch.__version__}-{selection}"
-    runs = Runs(tree, files, chosen.k, chosen.jobs, chosen.cache, results, chosen.resume)
+    runs = Runs(tree, files, chosen.k, chosen.jobs, chosen.cache, results, chosen.resume, chosen.first)
 
     print(f"torch {torch.__version__}, {', '.join(files)}; outcomes go to {results}-*.jsonl", flush=True)
     stock = outcomes.read(chosen.stock)
@@ -135,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     verdicts = []
     for when in chosen.when:
-        print(f'\nframe_swap, when="{when}"', flush=True)
+        print(f'\nframe_swap, when="{when}", first="{chosen.first}"', flush=True)
         ran = runs.run(when, passed)
         if not ran:
             raise SystemExit("no test was run")
@@ -178,6 +189,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=(*MODES, "stock"),
         default=MODES,
         help="modes, one after the other (default: all)",
+    )
+    parser.add_argument(
+        "--first", choices=("graph", "pair"), default="graph", help="the eager code (default: %(default)s)"
     )
     parser.add_argument(
         "--file", nargs="+", default=["test_torchinductor.py"], help="files of test/inductor (default: %(default)s)"

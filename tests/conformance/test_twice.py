@@ -90,17 +90,17 @@ def raises(x: Tensor, buffer: Tensor) -> tuple[Any, ...]:
     ("compiled", "found"),
     [
         (wrong_value, "output 1: value off double precision by 0.001"),
-        (wrong_stride, "output 1: stride (1, 3), the pair's (4, 1) (shape (3, 4))"),
-        (wrong_dtype, "output 1: dtype torch.float64, the pair's torch.float32"),
+        (wrong_stride, "output 1: stride (1, 3), eager code's (4, 1) (shape (3, 4))"),
+        (wrong_dtype, "output 1: dtype torch.float64, eager code's torch.float32"),
         (wrong_gradient, "gradient 0: value off double precision by"),
         (
             lost_gradient,
-            "outputs that require a gradient: ['output 0', 'argument 0'], the pair's ['output 0', 'output 1',",
+            "outputs that require a gradient: ['output 0', 'argument 0'], eager code's ['output 0', 'output 1',",
         ),
         (lost_mutation, "argument 1: value off double precision by 1,"),
         (lost_output, "compiled code gives output 0, argument 0, argument 1"),
         (extra_mutation, "argument 0: value off double precision"),
-        (raises, "compiled code raises IndexError: out of range, the pair nothing"),
+        (raises, "compiled code raises IndexError: out of range, eager code nothing"),
     ],
 )
 def test_finds(compiled: Graph, found: str) -> None:
@@ -229,4 +229,4 @@ def test_a_mismatch_names_the_graph_and_does_not_stop_the_call(monkeypatch: pyte
     (mismatch,) = twice.mismatches
     assert "graph 0/0 of " in mismatch
     assert "double" in mismatch
-    assert "output 0: value off double precision by 1, the pair's by 0" in mismatch
+    assert "output 0: value off double precision by 1, eager code's by 0" in mismatch

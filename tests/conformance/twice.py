@@ -1,9 +1,9 @@
-"""Each compiled call made twice: on the eager pair, and after the swap on equal arguments and random state.
+"""Each compiled call made twice: on eager code, and after the swap on equal arguments and random state.
 
 With `when="manual"` every call of a graph first meets its trampoline, and all that a graph reads is in its
 arguments and the generators. So the trampoline's call becomes:
 
-1. the pair runs on a copy of the arguments, and then its backward, with a gradient for each output that differs
+1. eager code runs on a copy of the arguments, and then its backward, with a gradient for each output that differs
    from element to element;
 2. the compile is waited for and installed: the frame is rewritten;
 3. the compiled code runs on another copy, from the same random state, and then its backward;
@@ -13,7 +13,7 @@ arguments and the generators. So the trampoline's call becomes:
 
 Values are close where `torch.testing.assert_close` says so with its defaults for the dtype, as PyTorch's own tests
 do. Where they are not, Dynamo's graph runs once more, op by op in double precision, and compiled code may be off
-that by four times what the pair is off, and by the dtype's tolerance of the largest value. Values of graphs that
+that by four times what eager code is off, and by the dtype's tolerance of the largest value. Values of graphs that
 draw random numbers are compared only with `fallback_random`, since Inductor's own differ from eager's; those that
 differ of a graph that makes uninitialised memory are excused.
 """
@@ -38,7 +38,7 @@ from frame_swap import State, backend
 from frame_swap.checking.arguments import Uncopyable
 from frame_swap.checking.comparison import Comparison, RandomState, copy_of_graph, difference_in_layout, distance
 from frame_swap.internals import dynamo, eval_frame, inductor
-from frame_swap.serving.pair import trace_pair
+from frame_swap.serving.eager import EagerCode, eager_code
 from frame_swap.serving.trampoline import Trampoline
 
 mismatches: list[str] = []
@@ -59,18 +59,22 @@ def made_twice() -> Iterator[None]:
     """Within the block, calls of graphs captured with `when="manual"` are made twice and compared."""
     wrap = _TorchDynamoContext.__call__
 
-    def trace_and_keep_graph(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Call:
+    def keep_graph(gm: torch.fx.GraphModule, *rest: Any) -> EagerCode:
         graph = copy_of_graph(gm)
-        pair = trace_pair(gm, example_inputs)
-        pair.graph = graph  # type: ignore[attr-defined]
-        return pair
+        code = eager_code(gm, *rest)
+
+        def call(*args: Any) -> Any:
+            return code.call(*args)
+
+        call.graph = graph  # type: ignore[attr-defined]
+        return code._replace(call=call)
 
     def wrap_to_start_over(context: Any, target: Any) -> Any:
         wrapped = wrap(context, target)
         return _starting_over(wrapped) if isinstance(wrapped, FunctionType) else wrapped
 
     with (
-        mock.patch.object(backend, "trace_pair", trace_and_keep_graph),
+        mock.patch.object(backend, "eager_code", keep_graph),
         mock.patch.object(_TorchDynamoContext, "__call__", wrap_to_start_over),
         mock.patch.object(Trampoline, "__call__", _call_twice),
     ):
@@ -102,12 +106,12 @@ class StrictComparison(Comparison):
         for name in differing:
             have, want, right = actual[name], self.expected.values[name], reference.get(name)
             if not isinstance(want, Tensor):
-                return f"{name}: {have!r}, the pair's {want!r}"
+                return f"{name}: {have!r}, eager code's {want!r}"
             if not isinstance(right, Tensor) or right.shape != want.shape:
-                return f"{name}: value off the pair's by {distance(have, want):.3g}, and there is no reference"
+                return f"{name}: value off eager code's by {distance(have, want):.3g}, and there is no reference"
             of_compiled, of_pair = distance(have, right), distance(want, right)
             if not of_compiled <= 4 * of_pair + _tolerance(want.dtype, right):
-                return f"{name}: value off double precision by {of_compiled:.3g}, the pair's by {of_pair:.3g}"
+                return f"{name}: value off double precision by {of_compiled:.3g}, eager code's by {of_pair:.3g}"
         counts["judged by double precision"] += 1
         return ""
 
@@ -118,7 +122,7 @@ def _call_twice(trampoline: Trampoline, *args: Any) -> Any:
     if compiled is not None:
         return compiled(*args)
     region = trampoline._record
-    region.pair_calls += 1
+    region.eager_calls += 1
     if trampoline.specialiser is not None:
         trampoline.specialiser.ask(args)
     if dynamo.compile_lock._is_owned():  # type: ignore[attr-defined]  # what loads compiled code needs the lock that this thread holds

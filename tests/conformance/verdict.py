@@ -105,7 +105,7 @@ class Verdict:
 
 
 _COLUMNS = ("file", "when", "stock passes", "of these passed", "lost", "lost, listed", "not run")
-_GRAPHS = ("graphs", "swapped", "on the pair", "foreground", "rejected", "failed", "stale")
+_GRAPHS = ("graphs", "swapped", "on eager code", "foreground", "rejected", "failed", "stale")
 
 
 def _row(verdict: Verdict) -> tuple[str, ...]:

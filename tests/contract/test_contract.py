@@ -51,7 +51,7 @@ MODULES = {
         "frames/call_site",
         "late_guards/shapes",
         "region",
-        "serving/pair",
+        "serving/eager",
         "shipping/ship",
         "ui/demo",
     )
@@ -60,7 +60,12 @@ MODULES = {
 
 PLANTED = [
     # Upward, sideways, from a function, and for types only without a reason
-    ("layers", "frame_swap/frames/new.py", "from ..serving import pair", "imports frame_swap.serving.pair, which"),
+    (
+        "layers",
+        "frame_swap/frames/new.py",
+        "from ..serving import eager",
+        "imports frame_swap.serving.eager, which",
+    ),
     ("layers", "frame_swap/region.py", "from . import backend", "imports frame_swap, which is not below"),
     ("layers", "frame_swap/checking/new.py", "import frame_swap.late_guards.shapes", "imports frame_swap.late"),
     ("layers", "frame_swap/runtime/new.py", "def f():\n from ..region import State", "imports frame_swap.region"),
@@ -92,8 +97,8 @@ PLANTED = [
     (
         "no_frames",
         "frame_swap/artifacts/new.py",
-        "def f():\n from ..serving.pair import trace_pair",
-        "imports frame_swap.serving.pair",
+        "def f():\n from ..serving.eager import eager_code",
+        "imports frame_swap.serving.eager",
     ),
     ("no_processes", "frame_swap/frames/new.py", "from ..farm import service", "imports frame_swap.farm.service"),
     ("no_processes", "frame_swap/frames/new.py", "import concurrent.futures", "imports concurrent.futures"),
@@ -187,7 +192,7 @@ def test_what_is_allowed_is_not_found(tmp_path: Path) -> None:
             "frame_swap/shipping/new.py": "from ..codegen import source\nfrom .. import guards, region",
             "frame_swap/internals/dynamo.py": "import torch._dynamo\nx = torch._C",
             "frame_swap/farm/local/worker.py": "from ... import errors\ndef f():\n import torch",
-            "frame_swap/ui/new.py": "from . import demo\nfrom ..serving import pair",
+            "frame_swap/ui/new.py": "from . import demo\nfrom ..serving import eager",
             "frame_swap/__main__.py": "from .ui import demo",
         },
     )

@@ -62,7 +62,7 @@ def survives(
     assert region.state is state, report
     for word in words:
         assert word in region.reason, region.reason
-    assert region.pair_calls == 2
+    assert region.eager_calls == 2
     return region
 
 

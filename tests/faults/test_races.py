@@ -47,7 +47,7 @@ class Program:
 
     def _watch_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._watch(monkeypatch, parcel, "pack", lambda args, _: [args[0]])
-        self._watch(monkeypatch, backend, "trace_pair", lambda args, pair: [args[0], pair])
+        self._watch(monkeypatch, backend, "eager_code", lambda args, code: [args[0], code.call])
         self._watch(monkeypatch, load, "load", lambda args, compiled: [compiled.call])
         self._watch(monkeypatch, delivery.service, "submit", lambda args, job: [job])
         self._watch(monkeypatch, delivery.Delivery, "arrived", lambda args, _: [args[1]])
@@ -283,9 +283,9 @@ def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works() -> None
         assert_nothing_is_held()
         assert (first.state, first.reason, first.artifacts) == (State.INSTALLED, "", 1), f"at point {at}"
         assert (trampoline := first.server) is None or not trampoline.offered, f"at point {at}"
-        calls = first.pair_calls
+        calls = first.eager_calls
         program.check()
-        assert first.pair_calls == calls, f"at point {at}"
+        assert first.eager_calls == calls, f"at point {at}"
         program.check()
     assert at > 30
 
@@ -429,10 +429,10 @@ def assert_both_swap(program: Program, second: Callable[[], None], first: Callab
     second()
     (first or program.check)()
     assert [r.state for r in frame_swap.wait().regions] == [State.INSTALLED] * 2
-    calls = [r.pair_calls for r in frame_swap.report().regions]
+    calls = [r.eager_calls for r in frame_swap.report().regions]
     second()
     (first or program.check)()
-    assert [r.pair_calls for r in frame_swap.report().regions] == calls
+    assert [r.eager_calls for r in frame_swap.report().regions] == calls
 
 
 def assert_freed(program: Program) -> None:

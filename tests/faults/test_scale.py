@@ -118,10 +118,10 @@ def test_50_recompiles_of_one_frame(limit: int) -> None:
             torch.testing.assert_close(compiled(x), ours(x))
         assert len(region.records()) == min(50, limit)
         assert {r.state for r in region.records()} == {State.INSTALLED}
-        calls = [r.pair_calls for r in region.records()]
+        calls = [r.eager_calls for r in region.records()]
         for x in inputs:
             torch.testing.assert_close(compiled(x), ours(x))
-        assert [r.pair_calls for r in region.records()] == calls
+        assert [r.eager_calls for r in region.records()] == calls
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])

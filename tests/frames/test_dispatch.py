@@ -377,12 +377,12 @@ def test_what_late_guards_turn_away_gets_its_own_code() -> None:
         swap()
     (region,) = live(frame_swap.report())
     assert (region.artifacts, len(table_of(pool).entries)) == (3, 1)
-    calls = region.pair_calls
+    calls = region.eager_calls
     for x in images:
         assert_same(opted(x), pool(x), str(x.shape))
         assert is_direct(lambda: opted(x))
         assert not any("Trampoline" in name for name in called(lambda: opted(x)))
-    assert region.pair_calls == calls
+    assert region.eager_calls == calls
 
 
 def test_threads_that_call_while_entries_go() -> None:

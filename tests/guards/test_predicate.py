@@ -265,7 +265,7 @@ def test_a_name_may_be_an_expression() -> None:
 )
 def test_refusal_names_what_is_in_the_way(relation: sympy.Basic, named: str) -> None:
     names = NAMES | {sympy.Symbol("zf1", real=True): "zf1"}
-    with pytest.raises(Inexpressible, match=f"{named}.*the region stays on the pair"):
+    with pytest.raises(Inexpressible, match=f"{named}.*the region stays on eager code"):
         source([a > 1, relation], names)
 
 

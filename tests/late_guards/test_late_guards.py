@@ -80,9 +80,9 @@ def test_each_size_gets_an_artifact_in_whatever_order_they_come(sizes: Sequence[
     for served, n in enumerate(sizes, 1):
         check(pool, function, images, n)  # during: the first size is served, the others ask
         assert swap().artifacts == served
-    calls = region.pair_calls
+    calls = region.eager_calls
     check(pool, function, images, *sizes, *sizes)  # after
-    assert region.pair_calls == calls
+    assert region.eager_calls == calls
     assert [guard.split()[-1] for guard in region.late_guards] == [f"{n})" for n in sizes]  # Eq(s53, 8)
     assert (region.state, region.reason) == (State.INSTALLED, "")
 
@@ -119,11 +119,11 @@ def test_an_artifact_serves_all_the_sizes_that_it_fits() -> None:
     check(widen, function, rows, 6)
     region = swap()
     check(widen, function, rows, 3, 7, 2000)
-    assert region.pair_calls == 1
+    assert region.eager_calls == 1
     check(widen, function, rows, 3000)
-    assert (region.pair_calls, swap().artifacts) == (2, 2)
+    assert (region.eager_calls, swap().artifacts) == (2, 2)
     check(widen, function, rows, 4000, 3, 2000, 3000)
-    assert region.pair_calls == 2
+    assert region.eager_calls == 2
 
 
 def test_the_predicate_is_inline_in_the_rewritten_code() -> None:
@@ -167,9 +167,9 @@ def test_a_region_holds_a_bounded_number_of_artifacts() -> None:
             check(pool, function, images, n)
             region = swap()
     assert region.artifacts == 3
-    calls = region.pair_calls
+    calls = region.eager_calls
     check(pool, function, images, 8, 9, 10, 11, 12)
-    assert region.pair_calls == calls + 2
+    assert region.eager_calls == calls + 2
 
 
 def test_where_the_frame_cannot_be_rewritten_the_predicate_is_called() -> None:
@@ -181,11 +181,11 @@ def test_where_the_frame_cannot_be_rewritten_the_predicate_is_called() -> None:
     for n in (8, 9):
         check(pool, function, images, n)
         region = swap()
-    calls = region.pair_calls
+    calls = region.eager_calls
     check(pool, function, images, 8, 9, 9, 8)
-    assert (region.artifacts, region.pair_calls) == (2, calls)
+    assert (region.artifacts, region.eager_calls) == (2, calls)
     check(pool, function, images, 10)
-    assert region.pair_calls == calls + 1
+    assert region.eager_calls == calls + 1
 
 
 def test_when_wait_late_guards_are_not_late() -> None:
@@ -199,7 +199,7 @@ def test_when_wait_late_guards_are_not_late() -> None:
         frames[name] = [(check(pool, function, images, n), counter.frame_count) for n in (8, 9, 8, 12)]
     assert frames["frame_swap"] == frames["inductor"]
     assert [r.artifacts for r in frame_swap.report().regions] == [1, 1, 1]
-    assert not any(r.late_guards or r.pair_calls for r in frame_swap.report().regions)
+    assert not any(r.late_guards or r.eager_calls for r in frame_swap.report().regions)
 
 
 class Tampering:
@@ -230,7 +230,7 @@ def test_a_guard_that_cannot_be_expressed_leaves_the_pair() -> None:
         region = swap()
     assert region.state is State.REJECTED
     check(pool, function, images, 8, 9)
-    assert region.pair_calls == 3
+    assert region.eager_calls == 3
 
 
 def test_when_no_other_artifact_can_be_had_the_first_goes_on() -> None:
@@ -253,9 +253,9 @@ def test_when_no_other_artifact_can_be_had_the_first_goes_on() -> None:
         warnings.simplefilter("error")
         check(pool, function, images, 8, 9, 10)  # 9 is not asked for again, 10 is
         assert swap().artifacts == 2
-        calls = region.pair_calls
+        calls = region.eager_calls
         check(pool, function, images, 8, 10)
-    assert region.pair_calls == calls
+    assert region.eager_calls == calls
 
 
 def test_a_frame_that_goes_while_it_asks_keeps_nobody_waiting() -> None:

@@ -55,9 +55,9 @@ def test_bert_base_trains_in_bfloat16_through_its_swap() -> None:
     frame_swap.swap()
     regions = live(frame_swap.report())
     assert [(r.state, r.reason) for r in regions] == [(State.INSTALLED, "")] * len(regions)
-    calls = [r.pair_calls for r in regions]
+    calls = [r.eager_calls for r in regions]
     losses += [step() for _ in range(15)]
-    assert [r.pair_calls for r in frame_swap.report().regions] == calls
+    assert [r.eager_calls for r in frame_swap.report().regions] == calls
 
     ours, eager = losses[-1]
     assert eager < losses[0][1] - 1  # it learns
@@ -93,7 +93,7 @@ def test_the_first_compiled_call_tunes_no_kernels(monkeypatch: pytest.MonkeyPatc
             compiled(x)
             frame_swap.wait()
             torch.testing.assert_close(compiled(x), f(x))
-    assert [(r.state, r.pair_calls) for r in frame_swap.report().regions] == [(State.INSTALLED, 1)] * 2
+    assert [(r.state, r.eager_calls) for r in frame_swap.report().regions] == [(State.INSTALLED, 1)] * 2
     assert not tuned
 
 
@@ -189,7 +189,7 @@ def test_cuda_graphs_of_what_is_opted_in(train: bool, monkeypatch: pytest.Monkey
     assert all(count > train for count, _ in seen[2:])  # the backward's, too
     torch.testing.assert_close(stocks, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
-    assert region.pair_calls == 1
+    assert region.eager_calls == 1
     with torch.set_grad_enabled(train):
         assert is_direct(lambda: opted(x))
 
@@ -323,7 +323,7 @@ def test_slower_code_is_turned_away() -> None:
         wait_for_all()
     frame_swap.swap()
     (region,) = live(frame_swap.report())
-    with pytest.warns(FrameSwapWarning, match="it is slower than the pair"):
+    with pytest.warns(FrameSwapWarning, match="it is slower than what serves now"):
         while region.state is State.TRIAL:
             compiled(x).sum().backward()
     assert region.state is State.REJECTED

@@ -19,7 +19,7 @@ import frame_swap
 from frame_swap import FrameSwapWarning, State, backend, delivery, errors
 from frame_swap.frames import cache_entry
 from frame_swap.internals import dynamo
-from frame_swap.serving import pair
+from frame_swap.serving import eager
 from frame_swap.shipping.parcel import Parcel
 from frame_swap.shipping.process_state import ProcessState
 
@@ -45,13 +45,13 @@ def f(x: torch.Tensor) -> torch.Tensor:
     return (x.sin() + 1).sum(-1)
 
 
-def test_the_graph_is_shipped_before_the_pair_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graph_is_shipped_before_eager_code_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
-    submit, trace_pair = delivery.service.submit, backend.trace_pair
+    submit, eager_code = delivery.service.submit, backend.eager_code
     monkeypatch.setattr(delivery.service, "submit", lambda *a: order.append("ship") or submit(*a))
-    monkeypatch.setattr(backend, "trace_pair", lambda *a: order.append("pair") or trace_pair(*a))
+    monkeypatch.setattr(backend, "eager_code", lambda *a: order.append("eager") or eager_code(*a))
     torch.compile(f, backend="frame_swap")(torch.randn(4, 4))
-    assert order == ["ship", "pair"]
+    assert order == ["ship", "eager"]
 
 
 def test_the_entry_is_rewritten_in_place_and_the_old_code_is_gone() -> None:
@@ -83,13 +83,13 @@ def test_a_call_after_the_swap_touches_nothing_of_ours() -> None:
     x = torch.randn(4, 4)
     compiled(x)
     ours = {name for name in files_called(lambda: compiled(x)) if "/frame_swap/" in name}
-    assert {name.rpartition("/")[2] for name in ours} >= {"trampoline.py", "pair.py"}  # so this can be seen at all
+    assert {name.rpartition("/")[2] for name in ours} >= {"trampoline.py", "eager.py"}  # so this can be seen at all
 
     frame_swap.wait()
     frame_swap.swap()
-    calls = only_region().pair_calls
+    calls = only_region().eager_calls
     assert not {name for name in files_called(lambda: compiled(x)) if "/frame_swap/" in name}
-    assert only_region().pair_calls == calls
+    assert only_region().eager_calls == calls
 
 
 def test_what_the_worker_sent_is_gone_after_the_swap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,20 +106,19 @@ def test_what_the_worker_sent_is_gone_after_the_swap(monkeypatch: pytest.MonkeyP
 def test_forward_and_backward_change_over_together(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
-    def counting(gm: torch.fx.GraphModule, inputs: list[Any], eager: Any = pair._eager) -> Any:
-        number, run = len(graphs), eager(gm, inputs)
+    def counting(gm: torch.fx.GraphModule, run: Any, around: Any = eager.beside_workers) -> Any:
+        number, run = len(graphs), around(gm, run)
         graphs.append(gm)
 
         def counted(args: list[Any]) -> Any:
             ran.append(number)
             return run(args)
 
-        counted._boxed_call = True  # type: ignore[attr-defined]
         return counted
 
     graphs: list[torch.fx.GraphModule] = []
-    monkeypatch.setattr(pair, "_eager", counting)
-    frame_swap.configure(when="manual")
+    monkeypatch.setattr(eager, "beside_workers", counting)
+    frame_swap.configure(when="manual", first="pair")
     compiled = torch.compile(lambda x: (x * x.sin()).sum(), backend="frame_swap")
     x = torch.randn(8, requires_grad=True)
     compiled(x).backward()
@@ -143,16 +142,16 @@ def test_installing_waits_for_a_call_when_ready() -> None:
     compiled(x)
     frame_swap.region.wait_for_compiles()
     region = only_region()
-    assert (region.state, region.pair_calls) == (State.READY, 1)
+    assert (region.state, region.eager_calls) == (State.READY, 1)
     compiled(x)
-    assert (region.state, region.pair_calls) == (State.INSTALLED, 1)
+    assert (region.state, region.eager_calls) == (State.INSTALLED, 1)
 
 
 def test_when_wait_the_first_call_runs_compiled_code() -> None:
     frame_swap.configure(when="wait")
     x = torch.randn(4, 4)
     torch.testing.assert_close(torch.compile(f, backend="frame_swap")(x), f(x))
-    assert (only_region().state, only_region().pair_calls) == (State.INSTALLED, 0)
+    assert (only_region().state, only_region().eager_calls) == (State.INSTALLED, 0)
 
 
 def test_when_never_nothing_is_sent_to_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +160,7 @@ def test_when_never_nothing_is_sent_to_a_worker(monkeypatch: pytest.MonkeyPatch)
     compiled, x = torch.compile(f, backend="frame_swap"), torch.randn(4, 4)
     for calls in (1, 2):
         torch.testing.assert_close(compiled(x), f(x))
-        assert (only_region().state, only_region().pair_calls) == (State.EAGER, calls)
+        assert (only_region().state, only_region().eager_calls) == (State.EAGER, calls)
     assert live(frame_swap.wait()) == [only_region()]  # nothing is pending
 
 
@@ -203,7 +202,7 @@ def test_a_compile_that_fails_leaves_the_pair_and_warns_once(tmp_path: Path) -> 
     assert region.reason in str(ours[0].message)
     assert "no-compiler" in region.reason
     assert "its compile failed" in str(frame_swap.report())
-    assert region.pair_calls == 3
+    assert region.eager_calls == 3
 
 
 def test_a_reset_while_compiling_makes_the_region_stale() -> None:
@@ -231,7 +230,7 @@ def test_behind_a_foreign_wrapper_a_check_remains() -> None:
     frame_swap.wait()
     torch.testing.assert_close(compiled(x), f(x))
     region = only_region()
-    assert (region.state, region.pair_calls) == (State.INSTALLED, 1)
+    assert (region.state, region.eager_calls) == (State.INSTALLED, 1)
     assert "a check remains" in region.reason
 
 
@@ -246,7 +245,7 @@ def test_an_unfamiliar_cache_entry_is_not_written_to(monkeypatch: pytest.MonkeyP
     frame_swap.wait()
     torch.testing.assert_close(compiled(x), f(x))
     assert only_entry(f.__code__).code is code
-    assert (only_region().state, only_region().pair_calls) == (State.INSTALLED, 1)
+    assert (only_region().state, only_region().eager_calls) == (State.INSTALLED, 1)
     assert "a check remains" in only_region().reason
 
 
@@ -260,7 +259,7 @@ def test_modules_that_share_a_code_object_are_told_apart() -> None:
     for c, m in zip(compiled, modules, strict=True):
         torch.testing.assert_close(c(x), m(x))
     assert [r.state for r in frame_swap.report().regions] == [State.INSTALLED] * 2
-    assert [r.pair_calls for r in frame_swap.report().regions] == [1, 1]
+    assert [r.eager_calls for r in frame_swap.report().regions] == [1, 1]
 
 
 def test_a_plain_call_of_the_backend_outside_of_dynamo_is_refused_politely() -> None:

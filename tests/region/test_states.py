@@ -110,7 +110,7 @@ class Scripted(Trial):
     """A trial that serves by eager code until it is told its verdict."""
 
     def call(self, sides: Sides, args: Any) -> Any:
-        return sides.pair(*args)
+        return sides.current(*args)
 
 
 class Raised(Exception):

@@ -1,4 +1,4 @@
-"""Compiled code that raises is answered by the pair, and the frame is the pair's from then on."""
+"""Compiled code that raises is answered by eager code, and the frame is eager code's from then on."""
 
 from __future__ import annotations
 
@@ -68,19 +68,19 @@ def behind_a_wrapper(function: Function) -> Function:
 
 def check_answered(compiled: Function, function: Function, region: Region, make: Function) -> None:
     """Check a call in which compiled code raises, and later calls."""
-    served, expected = region.pair_calls, observe(function, make())
+    served, expected = region.eager_calls, observe(function, make())
     assert_same(observe(compiled, make()), expected, "on compiled code")
-    assert region.pair_calls == served
+    assert region.eager_calls == served
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         faulty.lying = True
         assert_same(observe(compiled, make()), expected, "answered")
-        assert region.pair_calls == served + 1
+        assert region.eager_calls == served + 1
         assert_same(observe(compiled, make()), expected, "after that")
-        assert region.pair_calls == served + 2
+        assert region.eager_calls == served + 2
         faulty.lying = False
         assert_same(observe(compiled, make()), expected, "for good")
-        assert region.pair_calls == served + 3
+        assert region.eager_calls == served + 3
     (warning,) = (w for w in caught if issubclass(w.category, FrameSwapWarning))
     assert region.reason in str(warning.message)
     assert "back on its eager code" in str(warning.message)
@@ -128,9 +128,9 @@ def test_where_a_late_guard_stands_before_the_call_too() -> None:
     assert region.late_guards
     frame_swap.configure(delay=3600)  # nothing that is asked for from now on arrives
     check_answered(compiled, pool, region, make)
-    calls = region.pair_calls
+    calls = region.eager_calls
     torch.testing.assert_close(compiled(*make(9)), pool(*make(9)))
-    assert region.pair_calls == calls + 1
+    assert region.eager_calls == calls + 1
     assert not region.specialising, "it asked for more compiled code"
 
 
@@ -145,10 +145,10 @@ def test_what_the_pair_raises_where_a_late_guard_sends_the_call_there_is_the_cal
     compiled, region = swapped(pool, torch.ones(1, 2, 8, 8), wrap=compile_dynamic)
     frame_swap.configure(delay=3600)
     faulty.raising = ValueError("for the test")
-    calls = region.pair_calls
+    calls = region.eager_calls
     with pytest.raises(ValueError, match="for the test"):
         compiled(torch.ones(1, 2, 9, 9))
-    assert (region.state, region.pair_calls) == (State.INSTALLED, calls + 1)
+    assert (region.state, region.eager_calls) == (State.INSTALLED, calls + 1)
 
 
 @pytest.mark.usefixtures("no_warnings")
@@ -156,14 +156,14 @@ def test_what_the_pair_raises_where_a_late_guard_sends_the_call_there_is_the_cal
 def test_where_the_pair_raises_too_its_error_is_the_callers_and_compiled_code_stays(wrap: Function) -> None:
     compiled, region = swapped(breaks, torch.rand(3), wrap=wrap)
     faulty.raising = ValueError  # another one each time
-    calls = region.pair_calls
+    calls = region.eager_calls
     with pytest.raises(ValueError) as raised:
         compiled(torch.rand(3))
     assert raised.value.__context__ is None
-    assert region.pair_calls == calls + 1, "the pair was not asked"
+    assert region.eager_calls == calls + 1, "eager code was not asked"
     faulty.raising = None
     torch.testing.assert_close(compiled(torch.ones(3)), breaks(torch.ones(3)))
-    assert (region.state, region.pair_calls) == (State.INSTALLED, calls + 1)
+    assert (region.state, region.eager_calls) == (State.INSTALLED, calls + 1)
 
 
 @pytest.mark.usefixtures("no_warnings")
@@ -173,11 +173,11 @@ def test_where_the_pair_raises_too_its_error_is_the_callers_and_compiled_code_st
 @pytest.mark.parametrize("wrap", [compile_, behind_a_wrapper])
 def test_an_interrupt_passes_and_so_does_running_out_of_memory(error: BaseException, wrap: Function) -> None:
     compiled, region = swapped(breaks, torch.rand(3), wrap=wrap)
-    faulty.raising, calls = error, region.pair_calls
+    faulty.raising, calls = error, region.eager_calls
     with pytest.raises(type(error)) as raised:
         compiled(torch.rand(3))
     assert raised.value is error
-    assert (region.state, region.pair_calls) == (State.INSTALLED, calls)
+    assert (region.state, region.eager_calls) == (State.INSTALLED, calls)
 
 
 @pytest.mark.usefixtures("no_warnings")
@@ -192,14 +192,14 @@ def test_where_compiled_code_changes_inputs_the_error_is_the_callers(wrap: Funct
     assert calls == 1
     if wrap is not behind_a_wrapper:
         gc.collect()
-        assert region.server is None, "the pair is kept, and there is nothing it could answer"
+        assert region.server is None, "eager code is kept, and there is nothing it could answer"
     compiled(x, calls)
     faulty.lying = True
-    served = region.pair_calls
+    served = region.eager_calls
     with pytest.raises(AssertionError, match="expected size"):
         compiled(x, calls)
     assert calls <= 3
-    assert (region.state, region.pair_calls) == (State.INSTALLED, served)
+    assert (region.state, region.eager_calls) == (State.INSTALLED, served)
 
 
 @pytest.mark.usefixtures("no_warnings")
@@ -209,10 +209,10 @@ def test_where_the_graph_has_effects_the_error_is_the_callers() -> None:
         return faulty.relaid(x.sin()).sum(-1)
 
     compiled, region = swapped(says, torch.rand(3, 4))
-    faulty.lying, calls = True, region.pair_calls
+    faulty.lying, calls = True, region.eager_calls
     with pytest.raises(AssertionError, match="expected size"):
         compiled(torch.rand(3, 4))
-    assert (region.state, region.pair_calls) == (State.INSTALLED, calls)
+    assert (region.state, region.eager_calls) == (State.INSTALLED, calls)
 
 
 def test_where_inputs_are_changed_after_compiled_code_they_are_changed_once() -> None:
@@ -240,13 +240,13 @@ def test_an_error_after_inputs_were_changed_is_the_callers() -> None:
 
     compiled, region = swapped(scale, ones(), torch.ones(3))
     for function in (scale, compiled):
-        x, served = ones(), region.pair_calls
+        x, served = ones(), region.eager_calls
         with torch.no_grad():
             view = ones()[:]  # which may not be changed where gradients are on, and nothing guards on that
         with pytest.raises(RuntimeError, match="created in no_grad mode"):
             function(x, view)
         assert (x == 2).all(), "it was changed twice"
-        assert (region.state, region.pair_calls) == (State.INSTALLED, served)
+        assert (region.state, region.eager_calls) == (State.INSTALLED, served)
 
 
 def test_threads_that_raise_together_are_all_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_threads_that_raise_together_are_all_answered(monkeypatch: pytest.Monkey
     inside, calls, results = threading.Barrier(2, timeout=60), itertools.count(), []
 
     def meet() -> None:
-        if next(calls) < 2:  # both in compiled code; after that comes the pair
+        if next(calls) < 2:  # both in compiled code; after that comes eager code
             inside.wait()
 
     monkeypatch.setattr(faulty, "before_relaid", meet)

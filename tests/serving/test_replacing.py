@@ -92,13 +92,13 @@ def test_better_code_takes_the_place_of_the_first(orders: Orders, function: Any,
     frame_swap.wait()
     check(compiled, function)
     record = one_region()
-    calls, first = record.pair_calls, record.attempts[0]
+    calls, first = record.eager_calls, record.attempts[0]
     before = [code.co_name for code in codes_called(lambda: check(compiled, function))]
     second = orders.better()
     assert (first.state, second.state, record.state) == (State.REPLACED, State.INSTALLED, State.INSTALLED)
     after = [code.co_name for code in codes_called(lambda: check(compiled, function))]
     assert after == before, "something stands in the way"
-    assert record.pair_calls == calls
+    assert record.eager_calls == calls
     assert "Trampoline.__call__" not in called(lambda: check(compiled, function))
     gc.collect()
     assert [ref() is None for ref in orders.loaded] == [True, False], "the replaced code is kept"
@@ -115,7 +115,7 @@ def test_it_can_be_replaced_again_and_again(orders: Orders) -> None:
         check(compiled, inference)
     record = one_region()
     assert [a.state for a in record.attempts] == [State.REPLACED] * 3 + [State.INSTALLED]
-    assert (record.state, record.reason, record.pair_calls) == (State.INSTALLED, "", 1)
+    assert (record.state, record.reason, record.eager_calls) == (State.INSTALLED, "", 1)
 
 
 def test_a_graph_that_changes_buffers_keeps_its_trampoline_while_more_is_awaited(orders: Orders) -> None:
@@ -158,7 +158,7 @@ class Verdict(Trial):
     def call(self, sides: Sides, args: Sequence[Any]) -> Any:
         self.calls += 1
         self.verdict = self.says
-        return sides.compiled(*args) if self.raising else sides.pair(*args)
+        return sides.compiled(*args) if self.raising else sides.current(*args)
 
 
 @pytest.mark.parametrize("says", ["", "it is slower"])
@@ -167,7 +167,7 @@ def test_a_trial_of_better_code_sees_the_calls_and_decides(orders: Orders, says:
     check(compiled, inference)
     frame_swap.wait()
     record = one_region()
-    calls = record.pair_calls
+    calls = record.eager_calls
     trial = Verdict(says)
     orders.trials.append(trial)
     orders.better()
@@ -181,7 +181,7 @@ def test_a_trial_of_better_code_sees_the_calls_and_decides(orders: Orders, says:
     assert trial.calls == 1
     check(compiled, inference)
     assert trial.calls == 1
-    assert record.pair_calls == calls, "eager code served, although compiled code was there"
+    assert record.eager_calls == calls, "eager code served, although compiled code was there"
     states = [State.INSTALLED, State.REJECTED] if says else [State.REPLACED, State.INSTALLED]
     assert [a.state for a in record.attempts] == states
     assert "Trampoline.__call__" not in called(lambda: check(compiled, inference)), "the frame was not rewritten"

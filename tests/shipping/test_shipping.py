@@ -480,7 +480,7 @@ torch.testing.assert_close(y, (x.detach() * 2 + x.sin()) * 3)
 y.sum().backward()
 torch.testing.assert_close(x.grad, x.detach().cos() * 3)
 (region,) = frame_swap.report().regions
-assert (region.state, region.pair_calls) == ("installed", 0), region.reason
+assert (region.state, region.eager_calls) == ("installed", 0), region.reason
 """
 
 
@@ -649,7 +649,7 @@ def foreground(make: Make, device: str) -> Region:
     (one,) = live(frame_swap.report())
     assert one.state is State.FOREGROUND
     assert one.compile_s is not None
-    assert one.pair_calls == 0
+    assert one.eager_calls == 0
     return one
 
 

@@ -33,7 +33,7 @@ class Case(NamedTuple):
         subject: the function, or the class of the module, that is compiled.
         within: makes a context for the whole test, compiling included.
         differs: the reason why frame-swap differs from stock, if it does.
-        answered: whether calls raise. The pair then runs, too, to see whether it raises, and adds to the log.
+        answered: whether calls raise. Eager code then runs, too, to see whether it raises, and adds to the log.
         keywords: for `torch.compile`.
     """
 
@@ -95,7 +95,7 @@ def observe(case: Case, backend: str) -> Any:
     if backend == "frame_swap":
         wait_for_all()
         regions = swap_all()
-    pair_calls = [region.pair_calls for region in regions]
+    eager_calls = [region.eager_calls for region in regions]
 
     case.scenario(call)  # only the first call of compiled code looks for operators that alias
     LOG.clear()
@@ -104,8 +104,8 @@ def observe(case: Case, backend: str) -> Any:
     before = ambient()
     seen = case.scenario(call)
     assert live(frame_swap.report()) == regions, "it compiled again"
-    served = [region.pair_calls for region in regions]
-    assert (served != pair_calls) is (case.answered and bool(regions)), "a pair was called, or was to be"
+    served = [region.eager_calls for region in regions]
+    assert (served != eager_calls) is (case.answered and bool(regions)), "eager code was called, or was to be"
     after, log = ambient(), [] if case.answered else LOG.copy()
     torch.set_grad_enabled(True)  # for later tests
     return seen, log, before, after, torch.get_rng_state(), torch.cuda.get_rng_state_all()

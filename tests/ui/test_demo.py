@@ -34,7 +34,7 @@ def test_a_short_run_says_what_it_saw() -> None:
     assert "What you saw" in text
     assert float(figure(text, "first step after").removesuffix(" s")) > 0
     assert re.match(r"no swap yet: |\d+\.\d s", figure(text, "swap after"))
-    assert int(figure(text, "steps done by the eager pair")) > 0
+    assert int(figure(text, "steps done by eager code")) > 0
     assert "CharTransformer.forward" in text  # the report
 
 
@@ -45,6 +45,6 @@ def test_a_whole_run_sees_the_swap() -> None:
     assert "served by compiled code" in text
     first, swap = (float(figure(text, f"{what} after").removesuffix(" s")) for what in ("first step", "swap"))
     assert first < swap
-    for name in ("steps done by the eager pair", "steps done by compiled code"):
+    for name in ("steps done by eager code", "steps done by compiled code"):
         assert int(figure(text, name)) > 0
     assert float(figure(text, "ms a step after the swap")) > 0

@@ -2,7 +2,7 @@
 
 Totals (`torch._inductor.metrics`, Dynamo's `counters` and `compile_times`), warnings, log records and structured
 trace records arise in the worker: `recorded` gathers them there, and `replay` hands them to the listeners in the
-calling process. That process also traces the pair and loads the artifact, which repeats much of it, and is `muted`.
+calling process. That process loads the artifact, and may trace a pair, which repeats much of it: it is `muted`.
 
 Guarantees:
 - Neither half raises or changes the result of a compile; what cannot be recorded or replayed is left out.

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 
 from ...internals import logs
+from . import totals
 from .audience import loggers
 
 _TIMELINE = frozenset(("chromium_event", "str"))
@@ -16,7 +17,7 @@ _TIMELINE = frozenset(("chromium_event", "str"))
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """Within the block, what AOTAutograd and Inductor log and trace on this thread reaches nobody.
+    """Within the block, what AOTAutograd and Inductor log, trace and count on this thread reaches nobody.
 
     Warnings and errors are heard, and so is the timeline, since the time is spent here too.
     """
@@ -37,7 +38,8 @@ def muted() -> Iterator[None]:
     for logger in talking:
         logger.addFilter(is_heard)
     try:
-        yield
+        with totals.graph_not_counted():
+            yield
     finally:
         for logger in talking:
             logger.removeFilter(is_heard)

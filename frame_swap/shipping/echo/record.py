@@ -32,8 +32,7 @@ def recorded(audience: Audience | None, keep: Callable[[bytes], None]) -> Iterat
         keep: called once, at the end of the block, with the pickled echo; also where the block fails.
     """
     if audience is None:
-        with totals.graph_not_counted():
-            yield
+        yield
         return
     records: list[Record] = []
     before = totals.read()
@@ -54,8 +53,7 @@ def recorded(audience: Audience | None, keep: Callable[[bytes], None]) -> Iterat
     ):
         warnings.simplefilter("always")  # the filters of the calling process decide which are shown
         try:
-            with totals.graph_not_counted():
-                yield
+            yield
         finally:
             try:
                 echo = Echo(records, _plain_warnings(caught), totals.added(before, totals.read()))

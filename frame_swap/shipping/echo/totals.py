@@ -61,7 +61,7 @@ def add(totals: Totals) -> None:
 
 @contextlib.contextmanager
 def graph_not_counted() -> Iterator[None]:
-    """AOTAutograd's count of graphs stays as it is: the call traces the pair, and has counted this graph."""
+    """AOTAutograd's count of graphs stays as it is: the compile counts this one."""
     counter = dynamo.counters["aot_autograd"]
     counted = {key: counter[key] for key in ("total", "ok")}
     try:

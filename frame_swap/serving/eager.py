@@ -1,0 +1,158 @@
+"""The eager code of a region: Dynamo's graph as it is, or the pair that AOTAutograd traces of it.
+
+The graph runs at eager's speed and costs nothing in the call that captures it. The pair is traced in that call, and
+is for graphs that the other cannot serve as well (`why_pair`).
+
+Guarantees:
+- Ops of eager code leave a core to each worker that compiles, but for graphs with convolutions. A call changes how
+  many threads the calling thread's ops may use, and puts that back. Not so for threads that start meanwhile, which
+  would keep what `torch.set_num_threads` has set.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ..farm.service import service
+from ..internals import dispatcher, dynamo, eager
+from ..runtime import openmp
+from ..settings import First
+from .pair import trace_pair
+
+log = logging.getLogger(__name__)
+
+
+class EagerCode(NamedTuple):
+    """What serves the calls of a region until compiled code does.
+
+    Attributes:
+        call: takes the graph's inputs, and returns the tuple of its outputs.
+        kind: "graph" or "pair".
+        reason: why it is not the kind that was wished; "" where it is.
+    """
+
+    call: Callable[..., Any]
+    kind: First
+    reason: str = ""
+
+
+class WhyPair(NamedTuple):
+    """Why a graph is better served by the pair.
+
+    Attributes:
+        reason: as text.
+        needed: whether nothing but AOTAutograd, in this process, can tell Dynamo what the frame has to check.
+    """
+
+    reason: str
+    needed: bool
+
+
+def eager_code(gm: torch.fx.GraphModule, example_inputs: list[Any], first: First) -> EagerCode:
+    """The eager code for a graph that Dynamo has captured, and still holds the frame of.
+
+    Where the pair cannot be traced the graph serves, as long as that is right.
+
+    Args:
+        first: the kind that is wished.
+
+    Raises:
+        Exception: the graph needs the pair, and AOTAutograd cannot trace it.
+    """
+    why = why_pair(gm, example_inputs)
+    if first == "graph" and why is None:
+        return EagerCode(serve_graph(gm), "graph")
+    reason = why.reason if why is not None and first == "graph" else ""
+    try:
+        return EagerCode(trace_pair(gm, example_inputs, beside_workers), "pair", reason)
+    except dynamo.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
+        raise
+    except Exception as error:
+        if why is not None and why.needed:
+            raise
+        log.info("frame-swap: AOTAutograd could not trace the pair; Dynamo's graph serves", exc_info=True)
+        return EagerCode(serve_graph(gm), "graph", f"no pair: {type(error).__name__}: {error}")
+
+
+def why_pair(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> WhyPair | None:
+    """Why this graph is better served by the pair; None where Dynamo's graph serves it as well.
+
+    What AOTAutograd finds out in a worker, after Dynamo has closed the frame, can only become a late guard. Those
+    are conditions on whole numbers.
+    """
+    if any(isinstance(node.meta.get("example_value"), torch.SymFloat) for node in gm.graph.nodes):
+        return WhyPair("it computes with floats that change from call to call", needed=True)
+    if _some_share_memory(example_inputs):
+        return WhyPair("inputs of changing size share memory", needed=True)
+    if (name := next(_traced_operators(gm), None)) is not None:
+        return WhyPair(f"PyTorch would trace {name} at each call", needed=False)
+    return None
+
+
+def _some_share_memory(example_inputs: list[Any]) -> bool:
+    """Whether AOTAutograd may add a guard on overlaps: it does for symbolic sizes only."""
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    if not any(isinstance(value, torch.SymInt) for value in example_inputs):
+        return False
+    strided = [t for t in tensors if t.layout is torch.strided and not eager.is_traceable_wrapper_subclass(t)]
+    storages = {eager.storage_id(t.untyped_storage()) for t in strided}
+    return len(storages) < len(strided)
+
+
+def _traced_operators(gm: torch.fx.GraphModule) -> Iterator[str]:
+    """Names of higher-order operators that are slower in eager code than in the pair, or save more memory there."""
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            name = dispatcher.higher_order_name(node.target)
+            if name is not None and name not in _EAGER_OPERATORS:
+                yield name
+
+
+_EAGER_OPERATORS = frozenset(
+    {
+        "autograd_function_apply",
+        "triton_kernel_wrapper_mutation",
+        "wrap_with_autocast",
+        "wrap_with_set_grad_enabled",
+    }
+)
+"""Higher-order operators that eager code runs as it runs others. `cond`, `scan`, `flex_attention` and the like
+trace their subgraphs in each call that records gradients; activation checkpointing recomputes nothing there."""
+
+
+def serve_graph(gm: torch.fx.GraphModule) -> Callable[..., Any]:
+    """Run Dynamo's graph op by op, under PyTorch's autograd."""
+    forward = gm.forward  # made once: for a lazy graph module this is what compiles the code
+
+    def run(args: list[Any]) -> Any:
+        return forward(*args)
+
+    beside = beside_workers(gm, run)
+
+    def call(*args: Any) -> Any:
+        return beside(list(args))
+
+    return forward if beside is run else call
+
+
+def beside_workers(gm: torch.fx.GraphModule, run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """`run`, the eager code of `gm`, leaving a core to each worker that compiles.
+
+    Threads that wait for each other at the end of each op, spinning as OpenMP's do, lose far more than their
+    share when a worker takes one of their cores: on two cores, steps of 36 ms took 220 ms beside a worker and
+    90 ms on the one thread left, and compiled code came sooner too.
+
+    Graphs with convolutions keep their threads: whether there is more than one decides which of PyTorch's
+    backends a convolution runs on, and so the layout of its output.
+    """
+    if any("conv" in str(node.target) for node in gm.graph.nodes):
+        return run
+
+    def run_beside_workers(args: list[Any]) -> Any:
+        return openmp.call_on_threads(service.threads_for_program(), run, args)
+
+    return run_beside_workers
