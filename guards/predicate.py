@@ -71,13 +71,13 @@ _FLOATS = (sympy.Float, torch_functions.ToFloat, torch_functions.IntTrueDiv)
 
 _HIGHEST_EXPONENT = 63  # sizes are 64-bit
 
-_REFUSAL = "late guard{} has no predicate: {}; the region stays on the pair"
+_REFUSAL = "late guard{} has no predicate: {}; the region stays on eager code"
 
 
 class Inexpressible(ValueError):
     """A late guard cannot be checked with the graph's integer arguments; the message says why.
 
-    No code that relies on the guard may be installed then: the region stays on the pair.
+    No code that relies on the guard may be installed then: the region stays on eager code.
     """
 
 
