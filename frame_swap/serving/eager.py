@@ -12,6 +12,7 @@ Guarantees:
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -139,6 +140,10 @@ def serve_graph(gm: torch.fx.GraphModule) -> Callable[..., Any]:
     return forward if beside is run else call
 
 
+_CONVOLUTION = re.compile("conv(?!ert)")
+"""Found in the targets of convolutions, in Dynamo's graph (`torch.conv2d`) and in AOTAutograd's (`aten.convolution`)."""
+
+
 def beside_workers(gm: torch.fx.GraphModule, run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     """`run`, the eager code of `gm`, leaving a core to each worker that compiles.
 
@@ -149,7 +154,7 @@ def beside_workers(gm: torch.fx.GraphModule, run: Callable[[list[Any]], Any]) ->
     Graphs with convolutions keep their threads: whether there is more than one decides which of PyTorch's
     backends a convolution runs on, and so the layout of its output.
     """
-    if any("conv" in str(node.target) for node in gm.graph.nodes):
+    if any(_CONVOLUTION.search(str(node.target)) for node in gm.graph.nodes):
         return run
 
     def run_beside_workers(args: list[Any]) -> Any:
