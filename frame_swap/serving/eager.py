@@ -141,7 +141,7 @@ def serve_graph(gm: torch.fx.GraphModule) -> Callable[..., Any]:
 
 
 _CONVOLUTION = re.compile("conv(?!ert)")
-"""Found in the targets of convolutions, in Dynamo's graph (`torch.conv2d`) and in AOTAutograd's (`aten.convolution`)."""
+"""Found in what a convolution calls: `torch.conv2d` in Dynamo's graph, `aten.convolution` in AOTAutograd's."""
 
 
 def beside_workers(gm: torch.fx.GraphModule, run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
