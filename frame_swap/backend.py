@@ -20,11 +20,12 @@ import torch
 
 from . import settings
 from .artifacts import load
+from .capture import callback
 from .checking.comparison import copy_of_graph
 from .delivery import Delivery, Order
 from .errors import FrameSwapWarning, Unshippable
 from .frames.call_site import CallSite
-from .internals import dynamo, fake_tensors, inductor, probe
+from .internals import beside, dynamo, fake_tensors, inductor, probe
 from .region import Event, Record
 from .serving.eager import eager_code
 from .serving.trampoline import Trampoline
@@ -114,6 +115,7 @@ def _start(
     # 4. Hook
     record.eager, record.eager_reason = eager.kind, eager.reason
     trampoline = Trampoline(record, eager.call, wished.when)
+    trampoline.is_ahead = beside.is_beside()
     if frame is not None and "backend_id" in gm.meta:
         whole = dynamo.captured_whole(gm)
         trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline, whole)
@@ -154,3 +156,6 @@ def _unsupported() -> bool:
             stacklevel=2,
         )
     return False
+
+
+callback.install(frame_swap_backend)

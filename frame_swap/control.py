@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .region import Report, records, wait_for_compiles
+from .region import Report, capturing, records, wait_for_compiles
 from .serving.trampoline import Trampoline
 
 
 def report() -> Report:
     """What has been captured so far, and what has become of it."""
-    return Report(record.row() for record in records())
+    return Report((record.row() for record in records()), capturing())
 
 
 def swap() -> Report:
@@ -20,6 +20,8 @@ def swap() -> Report:
 
 def wait(timeout: float | None = None) -> Report:
     """Block until no compile is pending, at most `timeout` seconds; then install, except for when="manual".
+
+    This includes captures in the background. What was captured there is installed by the next call of its frame.
 
     Returns the report; rows that are still pending when the time is up say so.
     """

@@ -22,6 +22,7 @@ from .runtime.machine import default_workers
 
 When = Literal["ready", "wait", "manual", "never"]
 First = Literal["graph", "pair"]
+Capture = Literal["call", "background"]
 
 
 # --- How a field is described ---
@@ -150,6 +151,15 @@ class Settings:
         call that captures the graph. A graph that one of the two cannot serve, or not as well, takes the other.
         `torch.compile`'s `options` and `opt_in` take this setting, too.""",
         _is_one_of(*get_args(First)),
+        str,
+    )
+    capture: Capture = _setting(
+        "call",
+        """Where Dynamo captures a frame. "call": in the call, which waits for that. "background" (experimental; for
+        serving on a CPU): the call runs as plain Python, a thread captures its frame, and a later call takes it
+        over. With `when="wait"`, with `fullgraph=True` and where it would not be sound, frames are captured in the
+        call all the same.""",
+        _is_one_of(*get_args(Capture)),
         str,
     )
     delay: float = _setting(
@@ -322,7 +332,9 @@ def reference() -> str:
     for field in dataclasses.fields(Settings):
         about = _SETTINGS[field.name]
         variable = f"`{_variable(field.name)}`" if about.parse is not None else ""
-        kind = str(field.type).replace("When", "str").replace("First", "str").replace("|", r"\|")
+        kind = str(field.type).replace("|", r"\|")
+        for name in ("When", "First", "Capture"):
+            kind = kind.replace(name, "str")
         rows.append(f"| `{field.name}` | `{kind}` | {about.default} | {variable} |")
         paragraphs.append(f"**`{field.name}`** {about.description}")
     return "\n".join(rows) + "\n\n" + "\n\n".join(paragraphs) + "\n"

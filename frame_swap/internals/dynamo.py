@@ -41,6 +41,7 @@ __all__ = [
     "mark_as_captured",
     "recompile_limit",
     "register_bytecode_hook",
+    "renew_compile_lock",
     "skip_frames",
     "tracer_class",
     "without_disable",
@@ -76,6 +77,14 @@ def captured_frame() -> CapturedFrame | None:
 def recompile_limit() -> int:
     """How many times Dynamo compiles one frame at most."""
     return int(torch._dynamo.config.recompile_limit)
+
+
+def renew_compile_lock() -> None:
+    """In a forked child: free Dynamo's lock if a thread holds it that does not exist here."""
+    if compile_lock.acquire(blocking=False):
+        compile_lock.release()
+    else:
+        compile_lock._at_fork_reinit()  # type: ignore[attr-defined]
 
 
 def skip_frames(code: CodeType) -> None:

@@ -4,6 +4,7 @@ from .attempt import Attempt
 from .record import Record, records, wait_for_compiles
 from .report import Compile, Region, Report
 from .states import Event, IllegalTransition, Purpose, State
+from .under_way import capturing
 
 __all__ = [
     "Attempt",
@@ -15,6 +16,7 @@ __all__ = [
     "Region",
     "Report",
     "State",
+    "capturing",
     "records",
     "wait_for_compiles",
 ]

@@ -22,6 +22,7 @@ from .attempt import Attempt
 from .registry import changed, lock
 from .report import Region, Summary
 from .states import Event, State, leading
+from .under_way import capturing, name_of
 
 
 class Record(Summary):
@@ -33,7 +34,7 @@ class Record(Summary):
     """
 
     def __init__(self, code: CodeType | None, compile_id: str) -> None:
-        self.frame = f"{code.co_qualname}, {code.co_filename}:{code.co_firstlineno}" if code else "no frame"
+        self.frame = name_of(code) if code else "no frame"
         self.compile_id = compile_id
         self.eager = self.eager_reason = ""
         self.eager_calls = 0
@@ -154,9 +155,9 @@ def forget_all() -> None:
 
 
 def wait_for_compiles(timeout: float | None = None) -> bool:
-    """Block until no compile is awaited; False when `timeout` seconds passed first."""
+    """Block until no capture and no compile is awaited; False when `timeout` seconds passed first."""
     with lock:
-        return changed.wait_for(lambda: not any(r.awaited for r in _records), timeout)
+        return changed.wait_for(lambda: not capturing() and not any(r.awaited for r in _records), timeout)
 
 
 def _after_fork_in_child() -> None:

@@ -141,19 +141,30 @@ class Region(Summary):
 
 
 class Report:
-    """The regions of this process at one moment. `str()` is a table, `.regions` the rows, `.as_dict()` for JSON."""
+    """The regions of this process at one moment. `str()` is a table, `.regions` the rows, `.as_dict()` for JSON.
 
-    def __init__(self, rows: Iterable[Region]) -> None:
+    Attributes:
+        regions: a row for each.
+        capturing: frames that are being captured in the background (`capture="background"`); they run as plain
+            Python, and have no row yet.
+    """
+
+    def __init__(self, rows: Iterable[Region], capturing: Iterable[str] = ()) -> None:
         self.regions = list(rows)
+        self.capturing = list(capturing)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values: `{"regions": [{..., "compiles": [{...}, ...]}, ...]}`, times in seconds, sizes in bytes."""
+        """Plain values: `{"regions": [{..., "compiles": [{...}, ...]}, ...], "capturing": [...]}`.
+
+        Times are in seconds, sizes in bytes.
+        """
         summaries = ("artifacts", "late_guards", *_OF_LATEST)
         return {
             "regions": [
                 _plain(dataclasses.asdict(region) | {name: getattr(region, name) for name in summaries})
                 for region in self.regions
-            ]
+            ],
+            "capturing": self.capturing,
         }
 
     def __str__(self) -> str:

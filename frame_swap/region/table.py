@@ -43,7 +43,8 @@ def rendered(report: Report) -> Group:
     kinds = Counter(region.eager for region in report.regions if region.eager)
     if kinds:
         summary += f"; before the swap: {', '.join(f'{n} on the {kind}' for kind, n in kinds.items())}"
-    lines = [summary, *(line for region in report.regions for line in _remarks(region))]
+    waiting = [f"{_short(frame)}: is being captured, and runs as plain Python" for frame in report.capturing]
+    lines = [summary, *waiting, *(line for region in report.regions for line in _remarks(region))]
     return Group(table, *(Padding(Text(line), (0, 0, 0, 2)) for line in lines))
 
 

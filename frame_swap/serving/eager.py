@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..farm.service import service
-from ..internals import dispatcher, dynamo, eager
+from ..internals import beside, dispatcher, dynamo, eager
 from ..runtime import openmp
 from ..settings import First
 from .pair import trace_pair
@@ -56,6 +56,7 @@ class WhyPair(NamedTuple):
 def eager_code(gm: torch.fx.GraphModule, example_inputs: list[Any], first: First) -> EagerCode:
     """The eager code for a graph that Dynamo has captured, and still holds the frame of.
 
+    A capture in the background takes the graph: AOTAutograd changes `nn.Module` for all threads while it traces.
     Where the pair cannot be traced the graph serves, as long as that is right.
 
     Args:
@@ -63,8 +64,13 @@ def eager_code(gm: torch.fx.GraphModule, example_inputs: list[Any], first: First
 
     Raises:
         Exception: the graph needs the pair, and AOTAutograd cannot trace it.
+        GivenUp: the graph is better served by the pair, and is captured in the background.
     """
     why = why_pair(gm, example_inputs)
+    if beside.is_beside():
+        first = "graph"
+        if why is not None:
+            raise beside.GivenUp(f"AOTAutograd has to trace it: {why.reason}", lasting=True)
     if first == "graph" and why is None:
         return EagerCode(serve_graph(gm), "graph")
     reason = why.reason if why is not None and first == "graph" else ""

@@ -78,6 +78,8 @@ class Trampoline:
     Attributes:
         site: where the frame calls this, None where no frame does.
         specialiser: told of each call that no compiled code fits; None while there is no late guard.
+        is_ahead: whether the frame was captured in the background, and has made no call yet: its code may have
+            yet to come into Dynamo's cache. Installs then wait for the first call.
     """
 
     def __init__(self, record: Record, eager: Callable[..., Any], when: settings.When) -> None:
@@ -85,6 +87,7 @@ class Trampoline:
         self.eager = eager
         self.site: CallSite | None = None
         self.specialiser: Specialiser | None = None
+        self.is_ahead = False
         self._plan: Plan = ()
         self._offers: deque[Offer] = deque()  # the first is the next to be installed, or on trial
         self._prepared: _Prepared | None = None
@@ -96,6 +99,7 @@ class Trampoline:
 
     def __call__(self, *args: Any) -> Any:
         if self._offers:
+            self.is_ahead = False
             if self._when != "manual":
                 self.install()
             if (on_trial := self._on_trial(args)) is not None:
@@ -248,8 +252,9 @@ class Trampoline:
             while self.offered and locks.call_holding(dynamo.compile_lock, self._install_to_the_end, wait=wait):
                 pass
         except FrameGone:
-            self._withdraw()
-            self._record.abandon()
+            if not self.is_ahead:
+                self._withdraw()
+                self._record.abandon()
         except Exception as error:
             if self._offers:
                 reason = f"installing failed: {type(error).__name__}: {error}"

@@ -44,6 +44,7 @@ LAYERS = (
     ("shipping",),
     ("frames",),
     ("codegen",),
+    ("capture",),
     ("region",),
     ("settings",),
     ("runtime",),
@@ -94,6 +95,7 @@ PRIVATE_NAMES = (
     Allowed(
         "frame_swap.shipping.parcel", "pickle._Pickler", "is CPython's own, and the only one to ask about strings"
     ),
+    Allowed("frame_swap.capture.thread", "sys._current_frames", "is public, in spite of its underscore"),
     Allowed("frame_swap.farm", "_inheriting", "tells that a child of multiprocessing still imports the program"),
 )
 

@@ -1,0 +1,107 @@
+"""Dynamo's callback: what happens to a frame that no cache entry fits.
+
+Guarantees:
+- With `capture="background"` a call runs as plain Python, or on what was captured for it. It does not wait for a
+  trace, unless its frame has to be captured in the call: then it waits as without frame-swap.
+- Nothing that goes wrong here reaches the call: the frame is then captured in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from .. import settings
+from ..errors import FrameSwapWarning
+from ..internals import beside
+from ..internals import callback as dynamos
+from .captures import Capture, Captures, captures_of
+from .thread import thread
+
+log = logging.getLogger(__name__)
+
+
+class Callback(dynamos.CatchErrorsWrapper):
+    """Dynamo's callback for a `torch.compile` with frame-swap's backend."""
+
+    def __call__(self, frame: Any, cache_entry: Any, frame_state: dict[Any, Any]) -> Any:
+        """What Dynamo is to do with `frame`, which no cache entry fits."""
+        if dynamos.is_called_disabled(depth=1):
+            return dynamos.disabled()
+        if not _is_wanted() or dynamos.decides_at_once(frame):
+            return super().__call__(frame, cache_entry, frame_state)
+        captures = None
+        if (reason := dynamos.reason_for_the_call(self)) is None:
+            captures = captures_of(self, frame_state)
+            if (answer := self._answer(captures, frame, frame_state)) is not None:
+                return answer
+            reason = captures.in_a_call
+        log.info("frame-swap: a call captures %s: %s", frame.f_code.co_qualname, reason)
+        with thread.held():  # or the call would wait for Dynamo's lock
+            result = super().__call__(frame, cache_entry, frame_state)
+        if captures is not None and result.guarded_code is not None:
+            captures.captured_in_a_call()
+        return result
+
+    def _answer(self, captures: Captures, frame: Any, frame_state: dict[Any, Any]) -> Any:
+        """The answer without a trace; None if the frame is to be captured in the call."""
+        try:
+            return self._answer_at_once(captures, frame, frame_state)
+        except Exception:
+            log.exception("frame-swap: a mistake in frame-swap; the call captures its frame, as without it")
+            return None
+
+    def _answer_at_once(self, captures: Captures, frame: Any, frame_state: dict[Any, Any]) -> Any:
+        dynamos.expect_resets(frame.f_code)
+        captures.calls += 1
+        if (result := captures.take(frame)) is not None:
+            return self._handle_skip(result, frame)
+        if captures.is_under_way:
+            return dynamos.plainly()
+        if captures.in_a_call:
+            return None
+        if (skipped := dynamos.skip(frame)) is not None:
+            return self._handle_skip(skipped, frame)
+        if not dynamos.fits_an_entry(self, frame):
+            self._begin(captures, frame, frame_state)
+        return dynamos.plainly()
+
+    def _begin(self, captures: Captures, frame: Any, frame_state: dict[Any, Any]) -> None:
+        """Ask the thread for a capture, unless another call has done so just now."""
+        beside.install()
+        capture = Capture(self, frame, frame_state)
+        if captures.begin(capture):
+            calls = captures.calls
+            submitted = False
+            try:
+                submitted = thread.submit(capture, captures.end, lambda: captures.calls > calls)
+            finally:
+                if not submitted:
+                    captures.forget(capture)
+
+
+def _is_wanted() -> bool:
+    """Whether frames that are captured from now on are to be captured in the background."""
+    now = settings.current()
+    return now.capture == "background" and now.when != "wait" and not settings.disabled() and _is_possible()
+
+
+@functools.cache
+def _is_possible() -> bool:
+    if beside.is_possible():
+        return True
+    warnings.warn(
+        'frame-swap: capture="background" needs torch 2.13 or newer; frames are captured in their calls',
+        FrameSwapWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def install(backend: Callable[..., Any]) -> None:
+    """Have Dynamo ask `Callback` about the frames of `backend`, from the next `torch.compile` on."""
+    if beside.is_possible():
+        dynamos.replace_callback(Callback, backend)

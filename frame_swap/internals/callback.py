@@ -1,0 +1,201 @@
+"""Dynamo's callback: what it is asked about a frame, and what it may answer.
+
+Dynamo calls it for each frame that no cache entry fits, and does what the answer says.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import CodeType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from .probe import names_looked_up
+
+with names_looked_up():
+    import torch._dynamo
+    from torch._C import (
+        _is_torch_function_all_disabled,
+        _is_torch_function_enabled,
+        _is_tracing,
+        _len_torch_dispatch_stack,
+    )
+    from torch._C._functorch import maybe_current_level
+    from torch._dynamo import convert_frame, trace_rules
+    from torch._dynamo import eval_frame as dynamos_eval_frame
+    from torch._dynamo.convert_frame import CatchErrorsWrapper, ConvertFrame
+    from torch._dynamo.types import (  # type: ignore[attr-defined]
+        ConvertFrameReturn,
+        FrameAction,
+        FrameExecStrategy,
+    )
+    from torch._functorch._aot_autograd.utils import top_saved_tensors_hooks
+    from torch._guards import TracingContext
+    from torch.autograd import forward_ad
+    from torch.fx import _symbolic_trace as symbolic_trace
+    from torch.nn.parallel.distributed import DistributedDataParallel
+
+    _active_ddp: Callable[[], Any] = DistributedDataParallel._get_active_ddp_module
+    _function_modes: Callable[[], list[Any]] = torch.overrides._get_current_function_mode_stack
+
+try:
+    from torch._C._dynamo.eval_frame import get_eval_frame_isolate_recompiles_id
+    from torch._dynamo.decorators import _nonrecursive_disable_wrapper_code
+    from torch._dynamo.eval_frame import _get_cache_entries_for_region
+    from torch._dynamo.utils import _get_error_on_graph_break
+
+    _HAS_NAMES = True
+except ImportError:  # before torch 2.13
+    _HAS_NAMES = False
+
+__all__ = [
+    "CatchErrorsWrapper",
+    "copied",
+    "decides_at_once",
+    "disabled",
+    "expect_resets",
+    "fits_an_entry",
+    "has_names",
+    "is_called_disabled",
+    "plainly",
+    "reason_for_the_call",
+    "replace_callback",
+    "skip",
+]
+
+
+def has_names() -> bool:
+    """Whether this torch has the names that not all have."""
+    return _HAS_NAMES
+
+
+def plainly() -> ConvertFrameReturn:
+    """Tell Dynamo to run this frame, and what it calls, as plain Python, and to ask again at the next call."""
+    return ConvertFrameReturn(FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP), apply_to_code=False)
+
+
+def _is_for(callback: CatchErrorsWrapper, backend: Callable[..., Any]) -> bool:
+    """Whether `callback` captures for `backend`, in whatever `torch.compile` has wrapped that."""
+    inner: Any = dynamos_eval_frame.innermost_backend(callback)
+    while inner is not backend:
+        wrapped = [getattr(inner, name) for name in ("compiler_fn", "func", "__wrapped__") if hasattr(inner, name)]
+        if not wrapped:
+            return False
+        inner = wrapped[0]
+    return True
+
+
+def decides_at_once(frame: Any) -> bool:
+    """Whether Dynamo skips `frame` without a look inside."""
+    code = frame.f_code
+    started = frame.f_lasti >= convert_frame.first_real_inst_idx(code) + (sys.version_info >= (3, 13))
+    return bool(
+        started
+        or torch._dynamo.config.disable
+        or trace_rules.check(code, frame=frame)
+        or (code.co_filename == "<string>" and code.co_name == "__new__")
+        or (code.co_filename.endswith("collections/__init__.py") and code.co_name == "_make")
+    )
+
+
+def skip(frame: Any) -> ConvertFrameReturn | None:
+    """What Dynamo answers for a frame that it does not capture, whatever is inside; None for others."""
+    if frame.f_code in convert_frame.output_codes:
+        return ConvertFrameReturn(skip_reason="frame is already Dynamo-generated code")
+    if not convert_frame.has_tensor_in_frame(frame):
+        return ConvertFrameReturn(skip_reason="no tensor-related objects found in frame")
+    return None
+
+
+def reason_for_the_call(callback: CatchErrorsWrapper) -> str | None:
+    """Why a frame has to be captured in its call; None if it can be captured beside the program."""
+    convert = callback._torchdynamo_orig_backend
+    config, stance = torch._dynamo.config, dynamos_eval_frame._stance
+    if not isinstance(convert, ConvertFrame) or convert._inner_convert._package is not None:
+        return "fullgraph, or export"
+    if stance.stance != "default" or stance.backend is not None or stance.skip_guard_eval_unsafe:
+        return "a stance"
+    if config.compiled_autograd or config.replay_record_enabled or config.error_on_recompile:
+        return "a setting of Dynamo's"
+    if config.enable_compiler_collectives or _active_ddp() is not None:
+        return "a distributed program"
+    if _get_error_on_graph_break():
+        return "error_on_graph_break"
+    if _len_torch_dispatch_stack() or maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return "a dispatch mode or transform"
+    if _function_modes() or not _is_torch_function_enabled() or _is_torch_function_all_disabled():
+        return "a torch function mode, or torch functions are disabled"
+    if top_saved_tensors_hooks():
+        return "hooks on saved tensors"
+    if _is_tracing() or symbolic_trace.is_fx_symbolic_tracing() or TracingContext.try_get() is not None:
+        return "a trace"
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return "an accelerator"
+    return None
+
+
+def is_called_disabled(depth: int) -> bool:
+    """Whether a function of `torch._dynamo.disable(recursive=False)` called the frame that Dynamo asks about.
+
+    Dynamo looks for that function right behind its own callback.
+
+    Args:
+        depth: how many frames the caller of this is away from Dynamo's callback, itself included.
+    """
+    return sys._getframe(depth + 1).f_code is _nonrecursive_disable_wrapper_code
+
+
+def disabled() -> ConvertFrameReturn:
+    """What Dynamo answers then."""
+    return ConvertFrameReturn(apply_to_code=False, skip_reason="tracing is non-recursively disabled for this frame")
+
+
+def expect_resets(code: CodeType) -> None:
+    """Have `torch._dynamo.reset()` find `code`, which may have no cache entry."""
+    convert_frame.input_codes.add(code)
+
+
+def fits_an_entry(callback: CatchErrorsWrapper, frame: Any) -> bool:
+    """Whether a cache entry, which another thread has made meanwhile, fits the call."""
+    backend = dynamos_eval_frame.innermost_backend(callback)
+    entries = _get_cache_entries_for_region(frame.f_code, get_eval_frame_isolate_recompiles_id())
+    return any(entry.backend == backend and entry.guard_manager.check(frame.f_locals) for entry in entries)
+
+
+def copied(frame: Any) -> SimpleNamespace:
+    """What Dynamo asks a frame for. The frame itself lives only as long as the callback."""
+    code: CodeType = frame.f_code
+    f_locals = dict(frame.f_locals)
+    if code.co_flags & _TAKES_KEYWORDS:  # the frame may change its dictionary of them
+        name = code.co_varnames[
+            code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & _TAKES_POSITIONALS)
+        ]
+        if type(f_locals.get(name)) is dict:
+            f_locals[name] = dict(f_locals[name])
+    return SimpleNamespace(
+        f_code=code,
+        f_globals=frame.f_globals,
+        f_locals=f_locals,
+        f_builtins=frame.f_builtins,
+        closure=frame.closure,
+        f_lasti=frame.f_lasti,
+        f_lineno=code.co_firstlineno,
+    )
+
+
+_TAKES_POSITIONALS, _TAKES_KEYWORDS = 0x04, 0x08  # inspect.CO_VARARGS, CO_VARKEYWORDS
+
+
+def replace_callback(ours: type[CatchErrorsWrapper], backend: Callable[..., Any]) -> None:
+    """Have Dynamo use `ours` as the callback for `backend`, from the next `torch.compile` on."""
+    stock = convert_frame.catch_errors_wrapper
+
+    @functools.wraps(stock)
+    def catch_errors_wrapper(callback: Any, hooks: Any) -> CatchErrorsWrapper:
+        wrapper = ours(callback, hooks)
+        return wrapper if _is_for(wrapper, backend) else stock(callback, hooks)
+
+    convert_frame.catch_errors_wrapper = catch_errors_wrapper
