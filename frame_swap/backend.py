@@ -24,6 +24,7 @@ from .capture import callback
 from .checking.comparison import copy_of_graph
 from .delivery import Delivery, Order
 from .errors import FrameSwapWarning, Unshippable
+from .farm.service import service
 from .frames.call_site import CallSite
 from .internals import beside, dynamo, fake_tensors, inductor, probe
 from .region import Event, Record
@@ -131,6 +132,7 @@ def _compile_in_foreground(
     """Where frame-swap cannot help, do what `torch.compile` would have done, and say why."""
     attempt = record.attempts[0]
     attempt.move(Event.FOREGROUND, reason)
+    service.make_way()
     start = time.perf_counter()
     compiled = inductor.stock_inductor(gm, example_inputs, changes)
     attempt.compile_s = time.perf_counter() - start

@@ -115,6 +115,15 @@ class Service:
             with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
                 self._own_pool().start()
 
+    def make_way(self) -> None:
+        """The program is about to compile in the foreground: end workers that have nothing to do.
+
+        They import torch, or look for vector instructions, where it needs the cores. The next compile starts them.
+        """
+        pool = self._pool
+        if pool is not None and machine.crowded_by(pool.terms.size):
+            pool.end_idle()
+
     def submit(
         self,
         parcel: Parcel,

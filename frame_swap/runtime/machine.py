@@ -43,6 +43,11 @@ def compilers_per_worker(workers: int) -> int:
     return max(1, usable_cpus() // workers)
 
 
+def crowded_by(workers: int) -> bool:
+    """Whether a compile in the program, which has compilers beside it, leaves no cores to `workers` processes."""
+    return usable_cpus() < workers + 2
+
+
 def threads_beside(busy_workers: int) -> int | None:
     """How many threads leave a core to each busy worker, at least 1; None if no worker is busy."""
     return max(1, usable_cpus() - busy_workers) if busy_workers > 0 else None

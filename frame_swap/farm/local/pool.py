@@ -86,13 +86,20 @@ class Pool:
         futures.wait(self._starts)
         return [process.pid for process in list(self._processes) if process.alive]
 
+    def end_idle(self) -> None:
+        """End the processes that have nothing to do; the next call starts one."""
+        for start in self._starts:
+            start.cancel()
+        with changing:
+            for process in list(self._free):
+                self._end(process)
+
     def retire(self) -> None:
         """End as soon as all submitted calls have ended."""
         self._threads.shutdown(wait=False)
         with changing:
             self.terms = self.terms._replace(idle_timeout=min(self.terms.idle_timeout, 1))
-            for process in list(self._free):
-                self._end(process)
+        self.end_idle()
 
     def kill(self) -> None:
         """End all processes now."""

@@ -1,0 +1,88 @@
+"""A compile in the foreground, and the workers beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from faults.harness import fresh_workers
+from faults.moments import Moment
+
+import frame_swap
+from frame_swap import State, delivery
+from frame_swap.farm.local.process import Process
+from frame_swap.internals import inductor
+from frame_swap.runtime import machine
+
+pytestmark = pytest.mark.fast
+
+X = torch.linspace(0.1, 0.9, 6)
+
+
+@pytest.fixture(autouse=True)
+def one_worker() -> Iterator[None]:
+    fresh_workers()
+    frame_swap.configure(workers=1)
+    yield
+    fresh_workers()
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many workers there are when a compile in the foreground begins."""
+    counts = []
+    inner = inductor.stock_inductor
+
+    def counting(*args: Any) -> Callable[..., Any]:
+        counts.append(len(delivery.service.worker_pids()))
+        return inner(*args)
+
+    monkeypatch.setattr(inductor, "stock_inductor", counting)
+    return counts
+
+
+def compile_in_foreground() -> None:
+    """Inductor cannot ship what freezing makes of a graph."""
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="frame_swap", options={"freezing": True})
+    torch.testing.assert_close(compiled(X), X.sin() + 1)
+    assert frame_swap.report().regions[-1].state is State.FOREGROUND
+
+
+def compile_in_worker(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    compiled = torch.compile(function, backend="frame_swap")
+    torch.testing.assert_close(compiled(X), function(X))
+    return compiled
+
+
+@pytest.mark.parametrize(("cpus", "left"), [(1, 0), (2, 0), (3, 1), (16, 1)])
+def test_an_idle_worker_makes_way_where_cores_are_few(
+    cpus: int, left: int, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "usable_cpus", lambda: cpus)
+    delivery.service.start()
+    assert len(delivery.service.worker_pids()) == 1  # it imports torch
+    compile_in_foreground()
+    assert seen == [left]
+
+
+def test_the_next_graph_starts_a_worker(seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "usable_cpus", lambda: 2)
+    compile_in_foreground()
+    assert seen == [0]
+    kept = compile_in_worker(lambda x: x.cos())
+    assert frame_swap.wait(timeout=240).regions[-1].state is State.INSTALLED
+    del kept
+
+
+def test_a_worker_that_compiles_goes_on(seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does what stock would do in the program."""
+    monkeypatch.setattr(machine, "usable_cpus", lambda: 2)
+    with Moment(monkeypatch, Process, "run") as compiling:
+        kept = compile_in_worker(lambda x: x.cos())
+        compiling.wait()
+        compile_in_foreground()
+    assert seen == [1]
+    assert frame_swap.wait(timeout=240).regions[0].state is State.INSTALLED
+    del kept
