@@ -130,12 +130,12 @@ def _compile_in_foreground(
     record: Record, reason: str, gm: torch.fx.GraphModule, example_inputs: list[Any], changes: dict[str, Any]
 ) -> Callable[..., Any]:
     """Where frame-swap cannot help, do what `torch.compile` would have done, and say why."""
-    attempt = record.attempts[0]
-    attempt.move(Event.FOREGROUND, reason)
     service.make_way()
     start = time.perf_counter()
     compiled = inductor.stock_inductor(gm, example_inputs, changes)
+    attempt = record.attempts[0]
     attempt.compile_s = time.perf_counter() - start
+    attempt.move(Event.FOREGROUND, reason)  # not where it raises: Dynamo then breaks the graph, as for stock
     return compiled
 
 

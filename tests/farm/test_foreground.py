@@ -56,6 +56,19 @@ def compile_in_worker(function: Callable[[torch.Tensor], torch.Tensor]) -> Calla
     return compiled
 
 
+def test_what_stock_cannot_compile_was_compiled_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo breaks the graph where Inductor cannot trace an operator; the report does not call it compiled."""
+
+    def fail(*args: Any) -> None:
+        raise ArithmeticError("for the test")
+
+    monkeypatch.setattr(inductor, "stock_inductor", fail)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="for the test"):
+        compile_in_foreground()
+    (region,) = frame_swap.report().regions
+    assert (region.state, region.reason) == (State.STALE, "its capture ended with ArithmeticError")
+
+
 @pytest.mark.parametrize(("cpus", "left"), [(1, 0), (2, 0), (3, 1), (16, 1)])
 def test_an_idle_worker_makes_way_where_cores_are_few(
     cpus: int, left: int, seen: list[int], monkeypatch: pytest.MonkeyPatch
