@@ -8,10 +8,13 @@ the eager code goes on serving. Names of the configs are cheap, and looked up at
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import itertools
 import os
+import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -290,7 +293,32 @@ def import_compiling() -> None:
 
 
 def find_vector_instructions() -> None:
-    """Find the CPU's vector instructions; the first time on a machine, with about ten runs of the C++ compiler."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    """Find the CPU's vector instructions; the first time on a machine, with runs of the C++ compiler.
 
-    pick_vec_isa()
+    From now on Inductor tries them from the best down, and no further than it has to. It would try all of them and
+    then take the best: six builds in place of three on a CPU with AVX-512, and five seconds less.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    if platform.machine() in ("x86_64", "AMD64") and sys.platform in ("linux", "win32"):
+        flags = cpu_vec_isa.x86_isa_checker()
+        named = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(f in flags for f in str(isa).split())]
+        inductors: Any = cpu_vec_isa
+        inductors.valid_vec_isa_list = functools.partial(_Working, named)
+    cpu_vec_isa.pick_vec_isa()
+
+
+class _Working:
+    """Of vector instructions, those that the compiler and the CPU know; each is tried when it is reached."""
+
+    def __init__(self, candidates: Sequence[Any]) -> None:
+        self._candidates = candidates
+
+    def __iter__(self) -> Iterator[Any]:
+        return (isa for isa in self._candidates if isa)
+
+    def __bool__(self) -> bool:
+        return next(iter(self), None) is not None
+
+    def __getitem__(self, at: int) -> Any:
+        return next(itertools.islice(self, at, None))
