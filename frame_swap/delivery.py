@@ -179,7 +179,7 @@ class Delivery:
                 repeatable=order.repeatable,
             )
         if order.settings.profit:
-            yield Measurement(undisturbed=lambda: service.threads_for_program() is None)
+            yield Measurement(undisturbed=lambda: not service.compiling)
 
     def _keep_repro(self, arguments: Sequence[Any], difference: str) -> str:
         order = self._order

@@ -3,8 +3,8 @@
 Of each two calls eager code serves one and compiled code the other, in random order; so neither gets all the larger
 inputs if sizes alternate. Measured are the graph's call and the backward of that call, if it has run by the time of
 the verdict: from the moment autograd's engine enters its first node until it leaves its last. On an accelerator
-both ends wait for the device. Calls made while workers compile are not measured, since eager code then leaves them
-a core.
+both ends wait for the device. Calls made while workers compile are not measured, since workers then take
+CPUs from both sides.
 
 Medians are compared. The noise of a median is the half-width of a box plot's notch, 1.57 × interquartile range /
 √n (McGill, Tukey and Larsen, "Variations of Box Plots", The American Statistician 32(1), 1978): if two notches do

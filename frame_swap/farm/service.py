@@ -37,7 +37,7 @@ from typing import Any
 from .. import settings
 from ..artifacts import load
 from ..errors import first_line
-from ..runtime import machine
+from ..runtime import machine, openmp
 from ..shipping.parcel import Parcel
 from .compile import compile_graph
 from .local.pool import Pool, kill_all
@@ -102,6 +102,7 @@ class Service:
         self._lock = threading.RLock()
         self._pool: Pool | None = None
         self._compiling = 0  # jobs in frame-swap's own workers
+        self._sleepers: openmp.Sleepers | None = None  # while there are some
         self._loader: ThreadPoolExecutor | None = None
         self._stopped = False
 
@@ -159,11 +160,10 @@ class Service:
             job._future.add_done_callback(functools.partial(self._done, job))
         return job
 
-    def threads_for_program(self) -> int | None:
-        """The number of threads that leaves each busy worker a core; None while none compiles."""
-        pool = self._pool
-        busy = min(self._compiling, pool.terms.size) if pool is not None else 0
-        return machine.threads_beside(busy)
+    @property
+    def compiling(self) -> bool:
+        """Whether workers of frame-swap's own have something to compile."""
+        return self._compiling > 0
 
     @property
     def stopped(self) -> bool:
@@ -221,9 +221,14 @@ class Service:
         def done(_: Future[Outcome]) -> None:
             with self._lock:
                 self._compiling -= 1
+                if not self._compiling and self._sleepers is not None:
+                    self._sleepers.end()
+                    self._sleepers = None
 
         with self._lock:
             self._compiling += 1
+            if self._sleepers is None and self._pool is not None:
+                self._sleepers = openmp.Sleepers(self._pool.terms.size)
         future.add_done_callback(done)
 
     def _done(self, job: Job, future: Future[Outcome]) -> None:

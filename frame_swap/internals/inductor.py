@@ -296,7 +296,7 @@ def find_vector_instructions() -> None:
     """Find the CPU's vector instructions; the first time on a machine, with runs of the C++ compiler.
 
     From now on Inductor tries them from the best down, and no further than it has to. It would try all of them and
-    then take the best: six builds in place of three on a CPU with AVX-512, and five seconds less.
+    then take the best: six builds in place of three on a CPU with AVX-512, and 7.2 s of compilers in place of 2.8.
     """
     from torch._inductor import cpu_vec_isa
 

@@ -1,8 +1,10 @@
 """How the program and the workers share the machine. All numbers of this policy are here.
 
-The program comes first. Workers take half of the CPUs at most, run at a lower priority, and do not spin. While
-they compile, the eager code leaves each of them a core. The thread that loads their results gives the GIL back
+The program comes first. Workers take half of the CPUs at most and run at a lower priority. Nobody spins: neither a
+worker, nor the program's threads while workers compile (openmp.py). The thread that loads results gives the GIL back
 early.
+
+What was tried besides, with figures, is in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -46,11 +48,6 @@ def compilers_per_worker(workers: int) -> int:
 def crowded_by(workers: int) -> bool:
     """Whether a compile in the program, which has compilers beside it, leaves no cores to `workers` processes."""
     return usable_cpus() < workers + 2
-
-
-def threads_beside(busy_workers: int) -> int | None:
-    """How many threads leave a core to each busy worker, at least 1; None if no worker is busy."""
-    return max(1, usable_cpus() - busy_workers) if busy_workers > 0 else None
 
 
 def run_courteously(call: Callable[[], None]) -> None:

@@ -1,70 +1,77 @@
-"""How many threads the ops of the calling thread may use.
+"""How the threads of an op wait for each other while workers take some of the CPUs.
+
+GNU's OpenMP, which PyTorch's ops run on, lets a waiting thread spin for milliseconds. Where a worker has taken the
+CPU of one thread of an op, all others spin until it gets that CPU back: they burn what the worker could use, and
+the scheduler takes them for busy. Only where a process has more such threads than there are CPUs do they sleep
+almost at once. `Sleepers` are threads of ours that make it so.
 
 Guarantees:
-- `call_on_threads` changes this for the calling thread alone, and puts it back. Threads that start meanwhile have
-  the usual number; `torch.set_num_threads` would change it for them for good.
+- Ops keep their number of threads. So each result is what it would be without workers, to the last bit.
+- It holds for all ops of the process, those of a backward and of an optimizer included, and ends with `end`.
+- Where PyTorch runs on another OpenMP, or there are more CPUs than threads and workers, nothing changes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+import threading
+from typing import Any
 
 import torch
 
 from ..internals import eager
 
-_Args = TypeVar("_Args")
-_Result = TypeVar("_Result")
 
+class Sleepers:
+    """Threads of OpenMP that sleep until `end`.
 
-def call_on_threads(threads: int | None, call: Callable[[_Args], _Result], args: _Args) -> _Result:
-    """Return `call(args)`, whose ops use at most `threads` threads; None stands for the usual number."""
-    if threads is None or threads >= (usual := torch.get_num_threads()) or (openmp := library()) is None:
-        return call(args)
-    openmp.set_threads(threads)
-    usual_mkl = openmp.set_mkl_threads(threads)
-    openmp.end_idle_threads()
-    try:
-        return call(args)
-    finally:
-        openmp.set_threads(usual)
-        openmp.set_mkl_threads(usual_mkl)
-
-
-class OpenMP(NamedTuple):
-    """Functions of the libraries that give threads to PyTorch's ops. Each acts on the calling thread alone.
+    Args:
+        count: how many; one for each CPU that something else is about to take.
 
     Attributes:
-        set_threads: set the most threads of an op.
-        set_mkl_threads: the same for MKL, 0 for those of OpenMP; returns the number before.
-        end_idle_threads: end those that this thread's earlier ops left spinning on a core (up to 15 ms each time).
+        thread: the thread that they belong to; while it is alive after `present` is set, they count.
+        present: set when they are there.
     """
 
-    set_threads: Callable[[int], object]
-    set_mkl_threads: Callable[[int], int]
-    end_idle_threads: Callable[[], object]
+    def __init__(self, count: int) -> None:
+        self.present = threading.Event()
+        self._ended = threading.Event()
+        self.thread = threading.Thread(target=self._sleep, args=[count], name="frame-swap-sleeper", daemon=True)
+        with contextlib.suppress(RuntimeError):  # out of threads: then ops spin
+            self.thread.start()
+
+    def end(self) -> None:
+        """Let them end, and the threads of ops spin again."""
+        self._ended.set()
+
+    def _sleep(self, count: int) -> None:
+        if (openmp := library()) is not None:
+            # The threads of this region stay, asleep, for as long as the thread that began it.
+            openmp.GOMP_parallel(_does_nothing(), None, count + 1, 0)
+            self.present.set()
+            self._ended.wait()
 
 
 @functools.cache
-def library() -> OpenMP | None:
-    """PyTorch's OpenMP; None where PyTorch does not use one, or it cannot be found."""
+def library() -> Any | None:
+    """GNU's OpenMP, if that is what PyTorch's ops run on. To find out, the calling thread's number is changed."""
     usual = torch.get_num_threads()
     for path in (None, eager.library_file()):  # one that the program was started with comes before PyTorch's own
         try:
             loaded = ctypes.CDLL(path)
-            set_threads = loaded.omp_set_num_threads
             before = loaded.omp_get_max_threads()
+            loaded.omp_set_num_threads(before + 1)
+            is_pytorchs = torch.get_num_threads() != usual
+            loaded.omp_set_num_threads(before)
+            if is_pytorchs and hasattr(loaded, "GOMP_parallel"):
+                return loaded
         except (OSError, TypeError, AttributeError):
             continue
-        set_threads(before + 1)
-        is_pytorchs = torch.get_num_threads() != usual
-        set_threads(before)
-        if is_pytorchs:
-            set_mkl_threads = getattr(ctypes.CDLL(eager.library_file()), "MKL_Set_Num_Threads_Local", lambda _: 0)
-            pause = getattr(loaded, "omp_pause_resource_all", lambda _: 0)
-            omp_pause_soft = 1
-            return OpenMP(set_threads, set_mkl_threads, functools.partial(pause, omp_pause_soft))
     return None
+
+
+def _does_nothing() -> ctypes.c_void_p:
+    """A function of C that may be called with any argument."""
+    return ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)

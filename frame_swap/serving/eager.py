@@ -2,25 +2,17 @@
 
 The graph runs at eager's speed and costs nothing in the call that captures it. The pair is traced in that call, and
 is for graphs that the other cannot serve as well (`why_pair`).
-
-Guarantees:
-- Ops of eager code leave a core to each worker that compiles, but for graphs with convolutions. A call changes how
-  many threads the calling thread's ops may use, and puts that back. Not so for threads that start meanwhile, which
-  would keep what `torch.set_num_threads` has set.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from ..farm.service import service
 from ..internals import beside, dispatcher, dynamo, eager
-from ..runtime import openmp
 from ..settings import First
 from .pair import trace_pair
 
@@ -75,7 +67,7 @@ def eager_code(gm: torch.fx.GraphModule, example_inputs: list[Any], first: First
         return EagerCode(serve_graph(gm), "graph")
     reason = why.reason if why is not None and first == "graph" else ""
     try:
-        return EagerCode(trace_pair(gm, example_inputs, beside_workers), "pair", reason)
+        return EagerCode(trace_pair(gm, example_inputs), "pair", reason)
     except dynamo.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
         raise
     except Exception as error:
@@ -133,37 +125,5 @@ trace their subgraphs in each call that records gradients; activation checkpoint
 
 def serve_graph(gm: torch.fx.GraphModule) -> Callable[..., Any]:
     """Run Dynamo's graph op by op, under PyTorch's autograd."""
-    forward = gm.forward  # made once: for a lazy graph module this is what compiles the code
-
-    def run(args: list[Any]) -> Any:
-        return forward(*args)
-
-    beside = beside_workers(gm, run)
-
-    def call(*args: Any) -> Any:
-        return beside(list(args))
-
-    return forward if beside is run else call
-
-
-_CONVOLUTION = re.compile("conv(?!ert)")
-"""Found in what a convolution calls: `torch.conv2d` in Dynamo's graph, `aten.convolution` in AOTAutograd's."""
-
-
-def beside_workers(gm: torch.fx.GraphModule, run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    """`run`, the eager code of `gm`, leaving a core to each worker that compiles.
-
-    Threads that wait for each other at the end of each op, spinning as OpenMP's do, lose far more than their
-    share when a worker takes one of their cores: on two cores, steps of 36 ms took 220 ms beside a worker and
-    90 ms on the one thread left, and compiled code came sooner too.
-
-    Graphs with convolutions keep their threads: whether there is more than one decides which of PyTorch's
-    backends a convolution runs on, and so the layout of its output.
-    """
-    if any(_CONVOLUTION.search(str(node.target)) for node in gm.graph.nodes):
-        return run
-
-    def run_beside_workers(args: list[Any]) -> Any:
-        return openmp.call_on_threads(service.threads_for_program(), run, args)
-
-    return run_beside_workers
+    forward: Callable[..., Any] = gm.forward  # made once: for a lazy graph module this is what compiles the code
+    return forward

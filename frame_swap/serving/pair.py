@@ -10,25 +10,19 @@ import torch
 from ..internals import aot, fake_tensors
 
 Boxed = Callable[[list[Any]], Any]
-Around = Callable[[torch.fx.GraphModule, Boxed], Boxed]
 
 
-def trace_pair(gm: torch.fx.GraphModule, example_inputs: list[Any], around: Around) -> Callable[..., Any]:
+def trace_pair(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """Trace `gm` into an eager forward and backward, with no Inductor decompositions.
 
     The default partition saves what eager would save; the min-cut one recomputes activations in the
     backward, which pays only where Inductor fuses the recomputation away, and takes longer to find.
 
-    Args:
-        around: given each of the two graphs and what runs it, returns what is to be run instead.
-
     Returns a callable that takes the graph's inputs and returns the tuple of its outputs.
     """
 
     def forward(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
-        run: Boxed = around(gm, _uncounted_changes(gm, aot.boxed_nop(gm, example_inputs)))
-        aot.mark_boxed(run)
-        return run
+        return _uncounted_changes(gm, aot.boxed_nop(gm, example_inputs))
 
     def backward(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Boxed:
         """The backward overwrites no saved tensor, so it may be called again."""

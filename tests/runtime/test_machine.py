@@ -18,15 +18,6 @@ def cpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     return count
 
 
-def test_idle_workers_cost_the_program_no_thread(cpus: int) -> None:
-    assert machine.threads_beside(0) is None
-
-
-def test_each_busy_worker_has_a_core_as_long_as_the_program_keeps_one(cpus: int) -> None:
-    for busy in range(1, 10):
-        assert machine.threads_beside(busy) == max(1, cpus - busy)
-
-
 def test_compilers_of_all_workers_fit_the_cpus(cpus: int) -> None:
     for workers in range(1, 10):
         each = machine.compilers_per_worker(workers)

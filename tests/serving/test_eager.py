@@ -1,67 +1,19 @@
-"""Which eager code serves, and on how many threads."""
+"""Which eager code serves."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.library import custom_op
 
 import frame_swap
 from frame_swap import State, settings
-from frame_swap.runtime import openmp
 from frame_swap.serving import eager
 
 pytestmark = pytest.mark.fast
-
-NOTED: list[tuple[int, int]] = []
-
-
-@custom_op("pair_test::note", mutates_args=())
-def note(x: Tensor) -> Tensor:
-    """Record how many threads an op may use, in this thread and in a new one."""
-    others: list[int] = []
-    thread = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    NOTED.append((torch.get_num_threads(), *others))
-    return x.clone()
-
-
-note.register_fake(torch.empty_like)
-
-
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    usual = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(usual)
-
-
-@pytest.mark.parametrize("first", ["graph", "pair"])
-@pytest.mark.usefixtures("three_threads")
-@pytest.mark.skipif(openmp.library() is None, reason="this PyTorch does not use OpenMP")
-def test_fewer_threads_meanwhile_and_for_the_calling_thread_alone(
-    first: settings.First, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frame_swap.configure(when="never", first=first)
-    free: list[int | None] = [None, 2, 1, 5]
-    compiled = torch.compile(lambda x: note(x) + 1, backend="frame_swap")
-    compiled(torch.ones(3))
-    NOTED.clear()
-    for threads in free:
-        monkeypatch.setattr(eager.service, "threads_for_program", lambda: threads)
-        compiled(torch.ones(3))
-        assert torch.get_num_threads() == 3
-    assert NOTED == [(3, 3), (2, 3), (1, 3), (3, 3)]
-
-
-# Which of the two
 
 
 def kinds() -> list[tuple[str, str]]:
@@ -220,9 +172,8 @@ class _Noisy(nn.Module):
         return out
 
 
-def test_the_graph_is_bit_equal_to_eager_until_the_swap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where workers compile, fewer threads may add up a sum in another order: here it keeps its threads."""
-    monkeypatch.setattr(eager.service, "threads_for_program", lambda: None)
+def test_the_graph_is_bit_equal_to_eager_until_the_swap() -> None:
+    """Also while workers compile: ops keep their number of threads, and so the order in which they add up."""
     frame_swap.configure(first="graph", when="manual")
 
     def train(compile: bool) -> list[Tensor]:
