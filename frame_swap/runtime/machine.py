@@ -1,8 +1,8 @@
 """How the program and the workers share the machine. All numbers of this policy are here.
 
-The program comes first. Workers take half of the CPUs at most and run at a lower priority. Nobody spins: neither a
-worker, nor the program's threads while workers compile (openmp.py). The thread that loads results gives the GIL back
-early.
+The program comes first. Workers take half of the CPUs at most and run at a lower priority. Nobody spins: neither
+workers, nor the program's threads while workers compile (openmp.py). The thread that loads results gives the GIL
+back early.
 
 What was tried besides, with figures, is in docs/benchmarks.md.
 """
