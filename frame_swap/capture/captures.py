@@ -50,16 +50,18 @@ class Capture:
         frame_state: Dynamo's, for the code of the frame.
 
     Attributes:
-        name: of the frame, for the report.
+        name: of the user's function, for the report.
         code: of the frame.
+        limit: how many times Dynamo compiles the frame at most.
         stopped: set to end the capture early.
         result: what Dynamo has answered.
         notes: what the trace has read.
     """
 
     def __init__(self, callback: Any, frame: Any, frame_state: dict[Any, Any]) -> None:
-        self.name = name_of(frame.f_code)
+        self.name = name_of(dynamos.users_code(frame))
         self.code: CodeType = frame.f_code
+        self.limit = dynamo.recompile_limit()
         self.stopped = False
         self.result: Any = None
         self._callback = callback
@@ -139,7 +141,7 @@ class Captures:
         """The capture is over."""
         if outcome is Outcome.WAITS:
             self._waiting.append(capture)
-            if len(self._waiting) > dynamo.recompile_limit():
+            if len(self._waiting) > capture.limit:
                 del self._waiting[0]
                 self._in_a_call = "no calls come that fit what was captured"
         elif outcome is Outcome.STALE:

@@ -29,7 +29,7 @@ import torch
 
 from ..internals import dynamo
 from ..region import under_way
-from ..runtime import openmp
+from ..runtime import machine, openmp
 from .captures import Capture, Outcome
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class CaptureThread:
 
     def let_go(self) -> None:
         """The end of `hold`."""
-        self._holds.pop()
+        del self._holds[-1:]  # a child that was forked within has none
         self._wake.release()
 
     def stop(self) -> None:
@@ -149,7 +149,7 @@ class CaptureThread:
                     library.set_threads(job.threads)
                 if torch.get_num_threads() != job.threads:
                     return Outcome.IMPOSSIBLE
-            return job.capture.run()
+            return machine.run_courteously(job.capture.run)
         except BaseException:
             log.exception("frame-swap: a mistake in frame-swap; the program is not affected")
             return Outcome.IMPOSSIBLE

@@ -13,6 +13,7 @@ import contextlib
 import contextvars
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -149,9 +150,17 @@ def trace(
 # --- What is kept off on that thread ---
 
 
-@functools.cache
+_installing = threading.Lock()
+
+
 def install() -> None:
     """Have Dynamo look whether it runs beside the program, where it would do something to the whole process."""
+    with _installing:
+        _install()
+
+
+@functools.cache
+def _install() -> None:
     read_log.install()
     convert_frame.trace_frame = _trace_frame(convert_frame.trace_frame)
     torch.compiler._compile_session_context = _nothing_beside(torch.compiler._compile_session_context)

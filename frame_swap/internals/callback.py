@@ -6,6 +6,7 @@ Dynamo calls it for each frame that no cache entry fits, and does what the answe
 from __future__ import annotations
 
 import functools
+import opcode
 import sys
 from collections.abc import Callable
 from types import CodeType, SimpleNamespace
@@ -64,6 +65,7 @@ __all__ = [
     "reason_for_the_call",
     "replace_callback",
     "skip",
+    "users_code",
 ]
 
 
@@ -80,18 +82,18 @@ def plainly() -> ConvertFrameReturn:
 def _is_for(callback: CatchErrorsWrapper, backend: Callable[..., Any]) -> bool:
     """Whether `callback` captures for `backend`, in whatever `torch.compile` has wrapped that."""
     inner: Any = dynamos_eval_frame.innermost_backend(callback)
-    while inner is not backend:
-        wrapped = [getattr(inner, name) for name in ("compiler_fn", "func", "__wrapped__") if hasattr(inner, name)]
-        if not wrapped:
-            return False
-        inner = wrapped[0]
-    return True
+    for _ in range(8):
+        if inner is backend:
+            return True
+        wrapped = (getattr(inner, name, None) for name in ("compiler_fn", "func", "__wrapped__"))
+        inner = next(filter(None, wrapped), None)
+    return False
 
 
 def decides_at_once(frame: Any) -> bool:
     """Whether Dynamo skips `frame` without a look inside."""
-    code = frame.f_code
-    started = frame.f_lasti >= convert_frame.first_real_inst_idx(code) + (sys.version_info >= (3, 13))
+    code: CodeType = frame.f_code
+    started = frame.f_lasti >= code.co_code[::2].find(_RESUME) + (sys.version_info >= (3, 13))
     return bool(
         started
         or torch._dynamo.config.disable
@@ -99,6 +101,9 @@ def decides_at_once(frame: Any) -> bool:
         or (code.co_filename == "<string>" and code.co_name == "__new__")
         or (code.co_filename.endswith("collections/__init__.py") and code.co_name == "_make")
     )
+
+
+_RESUME = opcode.opmap["RESUME"].to_bytes()  # where a frame begins
 
 
 def skip(frame: Any) -> ConvertFrameReturn | None:
@@ -163,6 +168,17 @@ def fits_an_entry(callback: CatchErrorsWrapper, frame: Any) -> bool:
     backend = dynamos_eval_frame.innermost_backend(callback)
     entries = _get_cache_entries_for_region(frame.f_code, get_eval_frame_isolate_recompiles_id())
     return any(entry.backend == backend and entry.guard_manager.check(frame.f_locals) for entry in entries)
+
+
+def users_code(frame: Any) -> CodeType:
+    """The code of the user's function: the frame's, unless that is a shell of Dynamo's around it."""
+    code: CodeType = frame.f_code
+    if "fn" not in code.co_freevars or not code.co_filename.endswith("torch/_dynamo/external_utils.py"):
+        return code
+    function = frame.closure[code.co_freevars.index("fn")].cell_contents
+    if isinstance(module := getattr(function, "__self__", None), torch.nn.Module):
+        function = type(module).forward
+    return getattr(function, "__code__", code)
 
 
 def copied(frame: Any) -> SimpleNamespace:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import Any
 
-from ..errors import FrameSwapWarning
+from ..errors import FrameSwapWarning, first_line
 from .attempt import Attempt
 from .registry import changed, lock
 from .report import Region, Summary
@@ -135,7 +135,7 @@ class Record(Summary):
                 _records.append(self)
             yield
         except BaseException as error:
-            self.abandon(f"its capture ended with {type(error).__name__}")
+            self.abandon(f"its capture ended with {first_line(error)}")
             raise
 
 

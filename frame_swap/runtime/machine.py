@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 NICENESS = 2
 """By how much the priority of workers and their compilers is below the program's. Where they have a core of their
@@ -50,11 +52,39 @@ def crowded_by(workers: int) -> bool:
     return usable_cpus() < workers + 2
 
 
-def run_courteously(call: Callable[[], None]) -> None:
-    """Make `call`, and meanwhile let other threads have the GIL after at most `SWITCH_INTERVAL`."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(min(usual, SWITCH_INTERVAL))
+T = TypeVar("T")
+
+
+def run_courteously(call: Callable[[], T]) -> T:
+    """Return `call()`, and meanwhile let other threads have the GIL after at most `SWITCH_INTERVAL`.
+
+    Several threads may do so at a time: the first sets the interval, and the last puts it back.
+    """
+    global _courteous, _usual
+    with _lock:
+        if not _courteous:
+            _usual = sys.getswitchinterval()
+            sys.setswitchinterval(min(_usual, SWITCH_INTERVAL))
+        _courteous += 1
     try:
-        call()
+        return call()
     finally:
-        sys.setswitchinterval(usual)
+        with _lock:
+            _courteous -= 1
+            if not _courteous:
+                sys.setswitchinterval(_usual)
+
+
+_lock, _courteous, _usual = threading.Lock(), 0, 0.0
+
+
+def _after_fork_in_child() -> None:
+    """The threads that were courteous are not here."""
+    global _lock, _courteous
+    if _courteous:
+        sys.setswitchinterval(_usual)
+    _lock, _courteous = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

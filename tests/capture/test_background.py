@@ -102,6 +102,7 @@ def test_through_the_swap() -> None:
     assert torch.equal(call(x), want)
     assert frame_swap.report().regions == []
     assert "is being captured, and runs as plain Python" in str(frame_swap.report())
+    assert frame_swap.report().capturing[0].startswith("Net.forward, ")
     assert frame_swap.report().as_dict()["capturing"]
     frame_swap.wait()
     assert states() == [State.READY]

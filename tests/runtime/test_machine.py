@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 
@@ -23,6 +24,32 @@ def test_compilers_of_all_workers_fit_the_cpus(cpus: int) -> None:
         each = machine.compilers_per_worker(workers)
         assert each >= 1
         assert each == 1 or each * workers <= cpus
+
+
+def test_courteous_calls_at_a_time_put_the_interval_back() -> None:
+    usual = sys.getswitchinterval()
+    inner_ended, outer_ended = threading.Event(), threading.Event()
+
+    def outer() -> None:
+        threading.Thread(target=machine.run_courteously, args=(inner,)).start()
+        assert inner_begun.wait(100)
+
+    def inner() -> None:
+        inner_begun.set()
+        assert outer_ended.wait(100)
+        seen.append(sys.getswitchinterval())
+        inner_ended.set()
+
+    inner_begun = threading.Event()
+    seen: list[float] = []
+    machine.run_courteously(outer)
+    outer_ended.set()
+    assert inner_ended.wait(100)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.name.endswith("(run_courteously)"):
+            thread.join()
+    assert seen == [machine.SWITCH_INTERVAL]
+    assert sys.getswitchinterval() == usual
 
 
 def test_a_courteous_call_sees_a_short_switch_interval_which_ends_with_it() -> None:
