@@ -5,6 +5,7 @@ Dynamo calls it for each frame that no cache entry fits, and does what the answe
 
 from __future__ import annotations
 
+import copy
 import functools
 import opcode
 import sys
@@ -182,15 +183,16 @@ def users_code(frame: Any) -> CodeType:
 
 
 def copied(frame: Any) -> SimpleNamespace:
-    """What Dynamo asks a frame for. The frame itself lives only as long as the callback."""
+    """What Dynamo asks a frame for. The frame itself lives only as long as the callback.
+
+    Containers among its arguments are copied: the call may change them before they are traced.
+    """
     code: CodeType = frame.f_code
-    f_locals = dict(frame.f_locals)
-    if code.co_flags & _TAKES_KEYWORDS:  # the frame may change its dictionary of them
-        name = code.co_varnames[
-            code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & _TAKES_POSITIONALS)
-        ]
-        if type(f_locals.get(name)) is dict:
-            f_locals[name] = dict(f_locals[name])
+    f_locals: dict[str, Any] = dict(frame.f_locals)
+    copies: dict[int, Any] = {}
+    for name, value in f_locals.items():
+        if type(value) in (list, dict, set):
+            f_locals[name] = copies.setdefault(id(value), copy.copy(value))
     return SimpleNamespace(
         f_code=code,
         f_globals=frame.f_globals,
@@ -200,9 +202,6 @@ def copied(frame: Any) -> SimpleNamespace:
         f_lasti=frame.f_lasti,
         f_lineno=code.co_firstlineno,
     )
-
-
-_TAKES_POSITIONALS, _TAKES_KEYWORDS = 0x04, 0x08  # inspect.CO_VARARGS, CO_VARKEYWORDS
 
 
 def replace_callback(ours: type[CatchErrorsWrapper], backend: Callable[..., Any]) -> None:

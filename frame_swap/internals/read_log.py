@@ -90,6 +90,7 @@ class ReadLog:
         self._reads: dict[Any, _Read] = {}
         self._constants: dict[Any, Differs] = {}
         self._guards: dict[Any, Differs] = {}
+        self._containers: dict[Any, int] = {}
         self._noted: list[tuple[Any, str, Differs]] = []
 
     # On the thread that captures
@@ -99,7 +100,7 @@ class ReadLog:
         self._collect()
         if (changed := self._differs(self._scope, missing_differs=False)) is not None:
             raise GivenUp(f"{changed} has changed")
-        self._reads, self._constants, self._guards = {}, {}, {}
+        self._reads, self._constants, self._guards, self._containers = {}, {}, {}, {}
 
     def seal(self) -> None:
         """The trace is over: let go of the values, and of the frame."""
@@ -119,6 +120,8 @@ class ReadLog:
             raise GivenUp(f"tracing {source.name} changes the program", lasting=True)
         differs = _tensor_differs(value) if isinstance(value, torch.Tensor) else _type_is_not(type(value))
         self._reads[source] = _Read(value, _frozen(value), differs)
+        if isinstance(value, _COPIED):
+            self._containers[source] = id(value)
 
     def wrapped(self, source: Any, value: Any, result: Any) -> None:
         """The tracer has wrapped `value` as `result`: as a constant, perhaps."""
@@ -168,6 +171,7 @@ class ReadLog:
     def _differs(self, scope: dict[str, Any], *, missing_differs: bool) -> str | None:
         variables = dict(guards._get_closure_vars())  # its own: evaluating a source writes into it
         cache: dict[Any, Any] = {}
+        alike: dict[int, int] = {}
         for source, what, differs in self._noted:
             try:
                 now = source.get_value(scope, variables, cache)
@@ -180,8 +184,13 @@ class ReadLog:
             try:
                 if differs(now):
                     return f"{what} of {source.name}"
+                then = self._containers.get(source)
+                if then is not None and alike.setdefault(then, id(now)) != id(now):
+                    return f"the identity of {source.name}"
             except Exception as error:
                 return f"{what} of {source.name} ({first_line(error)})"
+        if len(set(alike.values())) < len(alike):
+            return "containers that are one and the same"
         return None
 
 
@@ -244,7 +253,7 @@ def _tensor_differs(value: torch.Tensor) -> Differs:
 def _keywords(guard: Any) -> Any:
     """What tells guards of one kind on one source apart."""
     keywords = getattr(guard.create_fn, "keywords", None) or {}
-    return tuple(repr(value) for value in keywords.values())
+    return tuple(value if isinstance(value, _CONSTANTS) else id(value) for value in keywords.values())
 
 
 # --- Hooks in Dynamo ---

@@ -226,8 +226,10 @@ def test_fullgraph_is_captured_in_the_call() -> None:
     assert states() == [State.EAGER]
 
 
-@pytest.mark.parametrize("mode", ["device", "no torch functions", "wait"])
-def test_captured_in_the_call(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["device", "no torch functions", "wait", "CUDA"])
+def test_captured_in_the_call(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mode == "CUDA":
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     frame_swap.configure(when="wait" if mode == "wait" else "never")
     context = {"device": torch.device("cpu"), "no torch functions": torch._C.DisableTorchFunctionSubclass()}
     with context.get(mode, torch.no_grad()):

@@ -60,6 +60,8 @@ PROGRAM = """
             code = 1
             try:
                 assert frame_swap.report().capturing == []
+                whole = torch.compile(f, backend="frame_swap", fullgraph=True)  # captured in the call
+                assert torch.equal(whole(x), f(x))
                 print("child", settle(), flush=True)
                 code = 0
             finally:

@@ -110,6 +110,95 @@ def test_is_compiling_is_false_in_the_program() -> None:
     assert not any(during_a_capture(torch.compiler.is_compiling))
 
 
+@pytest.mark.parametrize("first", ["graph", "pair"])
+def test_no_fx_trace_patches_the_programs_modules(first: Any) -> None:
+    """While one does, calls of compiled functions raise, on any thread."""
+    frame_swap.configure(first=first)
+    assert not any(during_a_capture(torch.fx._symbolic_trace.is_fx_symbolic_tracing))
+    assert [row.state for row in frame_swap.report().regions] == [State.EAGER]
+
+
+def test_a_graph_that_aotautograd_has_to_trace_is_captured_in_the_call() -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+    call, x = compiled(f), torch.ones(3)
+    assert torch.equal(call(x), f(x))
+    frame_swap.wait()
+    assert torch.equal(call(x), f(x))
+    assert frame_swap.report().regions[-1].eager_calls == 1
+
+
+def test_an_optimizer_is_traced_in_the_call() -> None:
+    """Dynamo makes its state when it traces."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([weight], lr=0.1)
+    weight.grad = torch.ones(3)
+
+    def step() -> None:
+        optimizer.step()
+
+    call = compiled(step)
+    call()
+    frame_swap.wait()
+    call()
+    twin = torch.nn.Parameter(torch.ones(3))
+    expected = torch.optim.Adam([twin], lr=0.1)
+    for _ in range(2):
+        twin.grad = torch.ones(3)
+        expected.step()
+    assert torch.allclose(weight, twin)
+
+
+def test_a_lazy_module_is_initialized_by_a_call() -> None:
+    torch.manual_seed(3)
+    twin = nn.LazyLinear(4)
+    x = torch.ones(2, 3)
+    expected = twin(x)
+    torch.manual_seed(3)
+    model = nn.LazyLinear(4)
+    call = compiled(model)
+    for _ in range(4):
+        assert torch.equal(call(x), expected)
+        frame_swap.wait()
+    assert any(row.eager_calls for row in frame_swap.report().regions)
+
+
+def test_a_call_that_changes_its_own_arguments() -> None:
+    def f(x: Tensor, items: list[Tensor], **others: Tensor) -> Tensor:
+        x = x + len(items) + others.pop("y")
+        items.append(x)
+        return x + len(others)
+
+    call, x = compiled(f), torch.ones(3)
+    for _ in range(4):
+        mine, twins = [x], [x]
+        assert torch.equal(call(x, mine, y=x), f(x, twins, y=x))
+        assert len(mine) == len(twins) == 2
+        frame_swap.wait()
+    assert any(row.eager_calls for row in frame_swap.report().regions)
+
+
+def test_arguments_that_are_one_and_the_same() -> None:
+    def f(x: Tensor, a: list[float], b: list[float]) -> Tensor:
+        a.append(1.0)
+        return x * len(b)
+
+    x, same = torch.ones(3), list[float]()
+    call = compiled(f)
+    call(x, [], [])
+    frame_swap.wait()
+    assert torch.equal(call(x, same, same), x)  # not on what was captured
+    frame_swap.wait()
+    torch._dynamo.reset()
+    region.record.forget_all()
+    for _ in range(3):
+        same = []
+        assert torch.equal(call(x, same, same), x)
+        frame_swap.wait()
+    assert any(row.eager_calls for row in frame_swap.report().regions)
+
+
 def test_deterministic_algorithms_stay_as_they_are() -> None:
     def f(x: Tensor) -> Tensor:
         torch.use_deterministic_algorithms(True)

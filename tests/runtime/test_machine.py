@@ -28,26 +28,22 @@ def test_compilers_of_all_workers_fit_the_cpus(cpus: int) -> None:
 
 def test_courteous_calls_at_a_time_put_the_interval_back() -> None:
     usual = sys.getswitchinterval()
-    inner_ended, outer_ended = threading.Event(), threading.Event()
-
-    def outer() -> None:
-        threading.Thread(target=machine.run_courteously, args=(inner,)).start()
-        assert inner_begun.wait(100)
-
-    def inner() -> None:
-        inner_begun.set()
-        assert outer_ended.wait(100)
-        seen.append(sys.getswitchinterval())
-        inner_ended.set()
-
-    inner_begun = threading.Event()
+    begun, first_ended = threading.Event(), threading.Event()
     seen: list[float] = []
-    machine.run_courteously(outer)
-    outer_ended.set()
-    assert inner_ended.wait(100)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.name.endswith("(run_courteously)"):
-            thread.join()
+
+    def second() -> None:
+        begun.set()
+        assert first_ended.wait(100)
+        seen.append(sys.getswitchinterval())
+
+    def first() -> None:
+        other.start()
+        assert begun.wait(100)
+
+    other = threading.Thread(target=machine.run_courteously, args=(second,))
+    machine.run_courteously(first)
+    first_ended.set()
+    other.join()
     assert seen == [machine.SWITCH_INTERVAL]
     assert sys.getswitchinterval() == usual
 
