@@ -319,16 +319,24 @@ def _make(factor: float) -> Callable[[Tensor], Tensor]:
 
 
 def test_an_object_that_dies_between_capture_and_handover() -> None:
-    """Its place may be taken by another at the same address, which guards by id would not tell from it."""
-    model, x = Using(), torch.ones(3)
-    call = compiled(model)
-    for factor in range(2, 60):
+    """Another takes its place at the same address; guards by id cannot tell the two apart."""
+    for _ in range(5):  # the address may be taken by something else
+        torch._dynamo.reset()
+        model, x = Using(), torch.ones(3)
+        model.used = _make(2)
+        call = compiled(model)
+        call(x)
+        frame_swap.wait()
+        address = id(model.used.__code__)
         model.used = None
         gc.collect()
-        model.used = _make(factor)
-        assert torch.equal(call(x), x * factor), factor
-        if factor % 3 == 0:
-            frame_swap.wait()
+        others = [_make(3) for _ in range(500)]
+        model.used = next((other for other in others if id(other.__code__) == address), None)
+        if model.used is not None:
+            break
+    else:
+        pytest.skip("no object came to the same address")
+    assert torch.equal(call(x), x * 3)
 
 
 def test_a_dead_object_differs_from_every_other() -> None:
@@ -337,9 +345,11 @@ def test_a_dead_object_differs_from_every_other() -> None:
 
     differs = read_log._is_not(thing := Thing())
     assert not differs(thing)
+    address = id(thing)
     del thing
-    gc.collect()
-    assert differs(Thing())
+    heirs = [thing for thing in [Thing() for _ in range(100)] if id(thing) == address]
+    assert heirs
+    assert differs(heirs[0])
     assert differs(None)
 
 
