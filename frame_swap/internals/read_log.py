@@ -42,6 +42,7 @@ with names_looked_up():
     from torch._dynamo.variables import ConstantVariable
     from torch._dynamo.variables.builder import VariableBuilder
     from torch._guards import GuardsSet
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 try:
     from torch._dynamo.guards import GUARD_VALUE_DISPATCH, SKIP_GUARD, UnsupportedGuardCheckSpec
@@ -118,6 +119,12 @@ class ReadLog:
         self.checkpoint()
         if id(value) in _IN_THE_CALL or isinstance(value, _TYPES_IN_THE_CALL):
             raise GivenUp(f"tracing {source.name} changes the program", lasting=True)
+        if is_traceable_wrapper_subclass(value):
+            raise GivenUp(f"{source.name} is a tensor subclass", lasting=True)
+        if (before := self._reads.get(source)) is not None:
+            if before.differs(value) or _outline(before.frozen) != _outline(value):
+                raise GivenUp(f"{source.name} has changed")
+            return  # the tracer goes on with what it has made of the first
         differs = _tensor_differs(value) if isinstance(value, torch.Tensor) else _type_is_not(type(value))
         self._reads[source] = _Read(value, _frozen(value), differs)
         if isinstance(value, _COPIED):
@@ -204,6 +211,17 @@ _BY_IDENTITY = ("ID_MATCH", "NN_MODULE", "FUNCTION_MATCH", "CLASS_MATCH", "MODUL
 def _frozen(value: Any) -> Any:
     """`value`, or a copy if it is a container that may change."""
     return copy.copy(value) if type(value) in _COPIED else value
+
+
+def _outline(value: Any) -> Any:
+    """What a trace depends on if it reads this value twice."""
+    if isinstance(value, _CONSTANTS):
+        return value if value == value else None  # NaN
+    if isinstance(value, dict):
+        return list(dict.keys(value))
+    if isinstance(value, (set, frozenset)):
+        return value
+    return len(value) if isinstance(value, (list, tuple, deque)) else None
 
 
 def _reference(value: Any) -> Callable[[], Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import is_direct
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import frame_swap
 from frame_swap import State
@@ -224,6 +225,17 @@ def test_fullgraph_is_captured_in_the_call() -> None:
     frame_swap.configure(when="never")
     compiled(Net(), fullgraph=True)(torch.randn(6, 4))
     assert states() == [State.EAGER]
+
+
+def test_tensor_subclasses_are_captured_in_the_call() -> None:
+    frame_swap.configure(when="never")
+
+    def f(x: Tensor) -> Tensor:
+        return x.sin() + 1
+
+    call, x = compiled(f), TwoTensor(torch.ones(3), torch.zeros(3))
+    settle(lambda: torch.testing.assert_close(call(x).a, f(x).a))
+    assert [region.eager_calls > 0 for region in frame_swap.report().regions][-1]
 
 
 @pytest.mark.parametrize("mode", ["device", "no torch functions", "wait", "CUDA"])
