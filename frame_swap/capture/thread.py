@@ -56,6 +56,7 @@ class _Job(NamedTuple):
         caller: the identity of the thread that asked.
         threads: how many threads the ops of that thread use.
         asked_again: whether a later call of the frame has come by.
+        sleepers: make the threads of the program's ops sleep where they wait for each other, as beside a worker.
     """
 
     capture: Capture
@@ -63,6 +64,7 @@ class _Job(NamedTuple):
     caller: int
     threads: int
     asked_again: Callable[[], bool]
+    sleepers: openmp.Sleepers
 
 
 class CaptureThread:
@@ -89,7 +91,8 @@ class CaptureThread:
             self._thread = threading.Thread(target=self._run, daemon=True, name="frame-swap-capture")
             self._thread.start()
         under_way.capture_begins(capture.name)
-        self._jobs.append(_Job(capture, done, threading.get_ident(), torch.get_num_threads(), asked_again))
+        caller, threads = threading.get_ident(), torch.get_num_threads()
+        self._jobs.append(_Job(capture, done, caller, threads, asked_again, openmp.Sleepers(1)))
         self._wake.release()
         return True
 
@@ -146,7 +149,7 @@ class CaptureThread:
             self._wait_for_call(job)
             if torch.get_num_threads() != job.threads:  # guards compare it
                 if (library := openmp.library()) is not None:
-                    library.set_threads(job.threads)
+                    library.omp_set_num_threads(job.threads)
                 if torch.get_num_threads() != job.threads:
                     return Outcome.IMPOSSIBLE
             return machine.run_courteously(job.capture.run)
@@ -156,6 +159,7 @@ class CaptureThread:
 
     def _finish(self, job: _Job, outcome: Outcome) -> None:
         self._jobs.popleft()
+        job.sleepers.end()
         job.done(job.capture, outcome)
         under_way.capture_ends(job.capture.name)
 

@@ -271,6 +271,28 @@ def test_gradient_modes_and_autocast_of_the_caller() -> None:
         )
 
 
+def test_another_number_of_threads() -> None:
+    """Guards compare it, and each thread has its own."""
+    usual = torch.get_num_threads()
+
+    def f(x: Tensor) -> Tensor:
+        return x.sin()
+
+    x = torch.ones(3)
+    try:
+        for threads in (2, 1, 2):
+            torch.set_num_threads(threads)
+            torch._dynamo.reset()
+            region.record.forget_all()
+            call = compiled(f)
+            call(x)
+            frame_swap.wait()
+            call(x)
+            assert [row.eager_calls for row in frame_swap.report().regions] == [1], threads
+    finally:
+        torch.set_num_threads(usual)
+
+
 # Objects
 
 

@@ -16,6 +16,7 @@ Assumed: `changing` guards the lists of all pools.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import pickle
@@ -28,6 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from ...errors import first_line
+from ...runtime import machine
 from ..queue import NO_CALLS, Demand, Entry, Queue
 from .process import Lost, Process, Terms, changing, forget_wakeups
 
@@ -53,7 +55,9 @@ class Pool:
         Raises:
             RuntimeError: as for `submit`.
         """
-        self._starts = [self._threads.submit(self._start_one) for _ in range(self.terms.size)]
+        # The program's first calls run beside this.
+        start = functools.partial(machine.run_courteously, self._start_one)
+        self._starts = [self._threads.submit(start) for _ in range(self.terms.size)]
 
     def submit(
         self,
