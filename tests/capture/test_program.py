@@ -446,7 +446,7 @@ def test_several_threads() -> None:
     for x in inputs:
         work(x)
     assert not wrong
-    assert 1 <= len(frame_swap.report().regions) <= 3
+    assert 1 <= len(frame_swap.report().regions) <= 5
 
 
 def test_one_capture_for_many_calls() -> None:
