@@ -150,8 +150,9 @@ def test_metrics_and_counters_are_those_of_a_compile_here(stock: Heard, ours: He
 
 
 def test_compile_times_name_what_was_timed_in_the_worker(stock: Heard, ours: Heard) -> None:
-    # The rest is what making keys for caches takes.
-    assert {name for name in stock.timed - ours.timed if "key" not in name} == set()
+    # The rest is what making keys for caches takes. A worker compiles the backward with the forward.
+    missing = {name for name in stock.timed - ours.timed if "key" not in name}
+    assert missing <= {"backward._backward_impl"}
 
 
 def test_generated_code_of_forward_and_backward_is_handed_over(stock: Heard, ours: Heard) -> None:
@@ -186,6 +187,7 @@ def test_structured_trace_holds_the_same_records(stock: Heard, ours: Heard) -> N
     for one in (expected, actual):
         for kind in [k for k in one if k[0] == "chromium_event" or "cache" in k[1]]:
             del one[kind]
+        one.pop(("bwd_compilation_metrics", ""), None)  # of a backward that is compiled in its call
     assert expected["inductor_output_code", ""] == 2
     assert actual == expected
 
