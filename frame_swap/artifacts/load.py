@@ -17,8 +17,7 @@ from .wrappers.replacement import Replacement
 def prepare() -> None:
     """Import the modules that loading needs, ahead of it. Returns at once if that was done before.
 
-    The import takes most of a second. It holds the compile lock, so that it begins when Dynamo is done with the
-    frame; otherwise the first call would pay for it.
+    The import takes most of a second. It holds the compile lock, so that it does not run beside a trace.
     """
     if inductor.loading_is_imported():
         return

@@ -49,6 +49,11 @@ log = logging.getLogger(__name__)
 
 Deliver = Callable[[Outcome], None]
 
+PATIENCE = 2.0
+"""Seconds from the first compile until the modules that loading needs are imported. That takes most of a second
+and the GIL, and the call that asked for the compile has not yet returned. An artifact that comes sooner imports
+them, too."""
+
 
 class Job:
     """One compile under way."""
@@ -104,6 +109,7 @@ class Service:
         self._compiling = 0  # jobs in frame-swap's own workers
         self._sleepers: openmp.Sleepers | None = None  # while there are some
         self._loader: ThreadPoolExecutor | None = None
+        self._prepares_loading = False
         self._stopped = False
 
     def start(self) -> None:
@@ -150,7 +156,7 @@ class Service:
             else:
                 job._future = executor.submit(compile_parcel)
             if deliver is not None:
-                self._load_soon(load.prepare)
+                self._prepare_loading()
         except Exception as error:
             advice = "frame_swap.configure(executor=None) uses frame-swap's own workers"
             whose = "the worker processes" if executor is None else f"{type(executor).__name__}; {advice}"
@@ -242,6 +248,14 @@ class Service:
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         self._load_soon(functools.partial(job._run_delivery, outcome))
+
+    def _prepare_loading(self) -> None:
+        """Import what loading needs, once, when the call that asks is over."""
+        if not self._prepares_loading:
+            self._prepares_loading = True
+            timer = threading.Timer(PATIENCE, self._load_soon, [load.prepare])
+            timer.daemon = True
+            timer.start()
 
     def _load_soon(self, call: Callable[[], None]) -> None:
         with self._lock:

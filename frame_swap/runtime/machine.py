@@ -15,11 +15,10 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-NICENESS = 2
+NICENESS = 1
 """By how much the priority of workers and their compilers is below the program's. Where they have a core of their
-own it does not matter. Where they have none, more would starve them, and less takes more from the program than it
-brings: at 0, ResNet-50 on two cores has done 0.39 of eager's steps at the swap in place of 0.45, and the swap comes
-at 1.30 of stock's first call in place of 1.39."""
+own it does not matter. Where they have none, more of it gives the program some steps before the swap and puts off
+the swap: in the end as many steps are done, or fewer. Figures are in docs/benchmarks.md."""
 
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 """Workers trace with the program's number of threads: a thread that waits must not spin."""
