@@ -164,9 +164,10 @@ def ratios(runs: dict[str, Run], arm: str) -> dict[str, float]:
 
 
 def medians(tables: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Of each figure, the median of all rounds."""
+    """Of each figure, the median of the rounds that have it: without a swap, some do not."""
     tables = list(tables)
-    return {name: statistics.median(table[name] for table in tables) for name in tables[0]}
+    known = {name: [t[name] for t in tables if not math.isnan(t[name])] for name in tables[0]}
+    return {name: statistics.median(values) if values else math.nan for name, values in known.items()}
 
 
 def draw(runs: dict[str, Run], title: str) -> Figure:
@@ -213,7 +214,10 @@ def main() -> None:
     if args.arm:
         print(json.dumps(run_arm(args.arm, args.model, not args.infer, args.seconds)))
         return
-    arms = args.arms.split(",") if args.arms else [arm for arm in ARMS if args.all_arms or arm not in SELDOM]
+    wished = args.arms.split(",") if args.arms else [arm for arm in ARMS if args.all_arms or arm not in SELDOM]
+    if not set(wished) <= set(ARMS) or ("inductor" not in wished and not args.seconds):
+        parser.error(f"arms are {', '.join(ARMS)}; without inductor, --seconds says how long the others run")
+    arms = [arm for arm in ARMS if arm in wished]  # stock comes first: it says how long the others run
 
     rounds: list[dict[str, Run]] = []
     for number in range(args.runs):

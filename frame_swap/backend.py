@@ -75,6 +75,10 @@ def _start(
     wished: settings.Settings,
 ) -> Callable[..., Any]:
     """Start the background compile; return the callable that serves calls meanwhile."""
+    if beside.is_beside() and wished.when == "wait":  # since the capture began
+        raise beside.GivenUp("calls are to wait for compiled code")
+    beside.checkpoint()
+
     # 2. Ship
     delivery = job = None
     if wished.when == "never":
@@ -84,6 +88,7 @@ def _start(
             start = time.perf_counter()
             packed = parcel.pack(gm, example_inputs, changes, record.compile_id or None)
             record.ship_s = time.perf_counter() - start
+            beside.checkpoint()
         except Unshippable as error:
             return _compile_in_foreground(record, str(error), gm, example_inputs, changes)
         order = Order(
@@ -130,6 +135,8 @@ def _compile_in_foreground(
     record: Record, reason: str, gm: torch.fx.GraphModule, example_inputs: list[Any], changes: dict[str, Any]
 ) -> Callable[..., Any]:
     """Where frame-swap cannot help, do what `torch.compile` would have done, and say why."""
+    if beside.is_beside():
+        raise beside.GivenUp(reason, lasting=True)
     service.make_way()
     start = time.perf_counter()
     compiled = inductor.stock_inductor(gm, example_inputs, changes)
@@ -154,6 +161,13 @@ def _unsupported() -> bool:
         warnings.warn(
             f"frame-swap was not tried on torch {torch.__version__}, but finds all that it needs and goes on; "
             f"it is tested on torch {probe.CHECKED}. FRAME_SWAP_DISABLE=1 turns it off.",
+            FrameSwapWarning,
+            stacklevel=2,
+        )
+    if settings.current().capture == "background" and not beside.is_possible():
+        warnings.warn(
+            f'capture="background" needs torch 2.13 or newer, and this is {torch.__version__}: '
+            "frames are captured in their calls",
             FrameSwapWarning,
             stacklevel=2,
         )

@@ -82,6 +82,8 @@ def opt_in(
     `torch._dynamo.reset()` ends the promise.
     """
     if first is not None:
+        if mode is not None and options is None:  # `torch.compile` takes one of them
+            mode, options = None, inductor.options_of(mode, None)
         options = {**(options or {}), "first": first}
     inductor.options_of(mode, settings.with_options(options)[1])  # what is wrong raises here, not at the first call
 

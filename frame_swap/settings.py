@@ -271,21 +271,15 @@ def current() -> Settings:
     return _current
 
 
-_IN_OPTIONS = ("first",)
-"""Settings that `torch.compile`'s `options` may name; they hold for that call of `torch.compile` alone."""
-
-
 def with_options(options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any] | None]:
-    """The settings in force with the changes that `options` make, and the options that remain for Inductor.
+    """The settings in force, with `first` as `options` may have it, and the options that remain for Inductor.
 
     Raises:
         ValueError: a setting cannot have this value.
     """
-    if not options or not any(name in options for name in _IN_OPTIONS):
-        return current(), dict(options) if options else None
-    changes = {name: options[name] for name in _IN_OPTIONS if name in options}
-    others = {name: value for name, value in options.items() if name not in changes}
-    return dataclasses.replace(current(), **changes), others or None
+    others = dict(options or {})
+    settings = dataclasses.replace(current(), first=others.pop("first")) if "first" in others else current()
+    return settings, others or None
 
 
 _P = ParamSpec("_P")

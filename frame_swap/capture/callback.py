@@ -3,21 +3,19 @@
 Guarantees:
 - With `capture="background"` a call runs as plain Python, or on what was captured for it. It does not wait for a
   trace, unless its frame has to be captured in the call: then it waits as without frame-swap.
-- Nothing that goes wrong here reaches the call: the frame is then captured in it.
+- No mistake made here reaches the call: the frame is then captured in it.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from .. import settings
-from ..errors import FrameSwapWarning
-from ..internals import beside
+from ..internals import beside, dynamo
 from ..internals import callback as dynamos
+from ..runtime import locks
 from .captures import Capture, Captures, captures_of
 from .thread import thread
 
@@ -31,30 +29,32 @@ class Callback(dynamos.CatchErrorsWrapper):
         """What Dynamo is to do with `frame`, which no cache entry fits."""
         if dynamos.is_called_disabled(depth=1):
             return dynamos.disabled()
-        if not _is_wanted() or dynamos.decides_at_once(frame):
+        at_once, captures = False, None
+        try:
+            at_once = dynamos.decides_at_once(frame)
+            if not at_once and _is_wanted() and (captures := self._captures(frame, frame_state)) is not None:
+                if (answer := self._answer(captures, frame, frame_state)) is not None:
+                    return answer
+                log.info("frame-swap: a call captures %s: %s", frame.f_code.co_qualname, captures.in_a_call)
+        except Exception:
+            log.exception("frame-swap: a mistake in frame-swap; the call captures its frame, as without it")
+        if at_once:
             return super().__call__(frame, cache_entry, frame_state)
-        captures = None
-        if (reason := dynamos.reason_for_the_call(self)) is None:
-            captures = captures_of(self, frame_state)
-            if (answer := self._answer(captures, frame, frame_state)) is not None:
-                return answer
-            reason = captures.in_a_call
-        log.info("frame-swap: a call captures %s: %s", frame.f_code.co_qualname, reason)
         with thread.held():  # or the call would wait for Dynamo's lock
             result = super().__call__(frame, cache_entry, frame_state)
         if captures is not None and result.guarded_code is not None:
             captures.captured_in_a_call()
         return result
 
+    def _captures(self, frame: Any, frame_state: dict[Any, Any]) -> Captures | None:
+        """The captures of `frame`; None if it can only be captured in a call."""
+        if (reason := dynamos.reason_for_the_call(self)) is None:
+            return captures_of(self, frame_state)
+        log.info("frame-swap: a call captures %s: %s", frame.f_code.co_qualname, reason)
+        return None
+
     def _answer(self, captures: Captures, frame: Any, frame_state: dict[Any, Any]) -> Any:
         """The answer without a trace; None if the frame is to be captured in the call."""
-        try:
-            return self._answer_at_once(captures, frame, frame_state)
-        except Exception:
-            log.exception("frame-swap: a mistake in frame-swap; the call captures its frame, as without it")
-            return None
-
-    def _answer_at_once(self, captures: Captures, frame: Any, frame_state: dict[Any, Any]) -> Any:
         dynamos.expect_resets(frame.f_code)
         captures.calls += 1
         if (result := captures.take(frame)) is not None:
@@ -65,43 +65,31 @@ class Callback(dynamos.CatchErrorsWrapper):
             return None
         if (skipped := dynamos.skip(frame)) is not None:
             return self._handle_skip(skipped, frame)
-        if not dynamos.fits_an_entry(self, frame):
+        fits: list[bool] = []
+        locks.call_holding(dynamo.compile_lock, lambda: fits.append(dynamos.fits_an_entry(self, frame)))
+        if fits == [False]:  # otherwise Dynamo is at work, and a later call asks again
             self._begin(captures, frame, frame_state)
         return dynamos.plainly()
 
     def _begin(self, captures: Captures, frame: Any, frame_state: dict[Any, Any]) -> None:
         """Ask the thread for a capture, unless another call has done so just now."""
-        beside.install()
-        capture = Capture(self, frame, frame_state)
-        if captures.begin(capture):
-            calls = captures.calls
-            submitted = False
-            try:
+        capture, calls = Capture(self, frame, frame_state), captures.calls
+        submitted = False
+        try:
+            if captures.begin(capture):
                 submitted = thread.submit(capture, captures.end, lambda: captures.calls > calls)
-            finally:
-                if not submitted:
-                    captures.forget(capture)
+        finally:
+            if not submitted:
+                captures.forget(capture)
 
 
 def _is_wanted() -> bool:
     """Whether frames that are captured from now on are to be captured in the background."""
     now = settings.current()
-    return now.capture == "background" and now.when != "wait" and not settings.disabled() and _is_possible()
-
-
-@functools.cache
-def _is_possible() -> bool:
-    if beside.is_possible():
-        return True
-    warnings.warn(
-        'frame-swap: capture="background" needs torch 2.13 or newer; frames are captured in their calls',
-        FrameSwapWarning,
-        stacklevel=2,
-    )
-    return False
+    return now.capture == "background" and now.when != "wait" and not settings.disabled()
 
 
 def install(backend: Callable[..., Any]) -> None:
-    """Have Dynamo ask `Callback` about the frames of `backend`, from the next `torch.compile` on."""
+    """Have Dynamo ask `Callback` about the frames of `backend`, from the next `torch.compile` on, if it can."""
     if beside.is_possible():
         dynamos.replace_callback(Callback, backend)

@@ -2,8 +2,8 @@
 
 Guarantees:
 - At most one capture of a frame is under way. Each result is handed to one call, or dropped.
-- A result is handed over only if its guards and all that its trace has read hold of one state, that of the calling
-  thread at that moment. This is so for skips, too.
+- A result is handed over only if all that its trace has read, and then its guards, hold of the state that the
+  calling thread sees; and what was read was still so when the guards were built. This is so for skips, too.
 - A frame whose captures come to nothing is captured in a call, as without all this: after `PATIENCE` captures in a
   row that have gone stale, or in which Dynamo raised; and when more results wait than Dynamo compiles for a frame.
 - `torch._dynamo.reset()` ends all of it: Dynamo makes a new `frame_state` then, and these are kept with that.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import weakref
 from types import CodeType
 from typing import Any
 
@@ -180,9 +179,10 @@ _KEY = "frame-swap"
 
 
 def captures_of(callback: Any, frame_state: dict[Any, Any]) -> Captures:
-    """The captures for `callback` of the frame whose `frame_state` this is."""
-    by_callback = frame_state.get(_KEY)
-    if by_callback is None:
-        by_callback = frame_state.setdefault(_KEY, weakref.WeakKeyDictionary())
-    found: Captures | None = by_callback.get(callback)
-    return found if found is not None else by_callback.setdefault(callback, Captures())
+    """The captures of the frame whose `frame_state` this is, for `callback` and others that share cache entries."""
+    kin = dynamos.kin(callback)
+    known: list[tuple[Any, Captures]] = frame_state.setdefault(_KEY, [])
+    if all(other != kin for other, _ in known):
+        known.append((kin, Captures()))
+        del known[: -dynamo.recompile_limit()]  # backends that never are equal
+    return next((captures for other, captures in known if other == kin), known[-1][1])

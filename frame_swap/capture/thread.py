@@ -2,9 +2,10 @@
 
 Guarantees:
 - A capture begins when the call that asked for it is over, or `CALL_PATIENCE` seconds later.
-- `submit` never waits. It takes `LONGEST_QUEUE` frames at most: their arguments live until they are captured.
-- A fork, a capture in a call and the exit of the program stop the capture that is under way: within milliseconds,
-  at its next look at the program's state. It is done again when a later call asks.
+- `submit` waits for no capture. It takes `LONGEST_QUEUE` frames at most; their arguments live until then.
+- A fork, a capture in a call and the exit of the program stop the capture that is under way, at its next look at
+  the program's state: it takes one for each operator, value and guard, but none while it builds guards and packs
+  the graph. It is done again when a later call asks.
 - In a forked child nothing is under way. If the parent's capture could not be stopped in time, Dynamo's compile
   lock is made anew there: the thread that holds it does not exist.
 
@@ -29,7 +30,7 @@ import torch
 
 from ..internals import dynamo
 from ..region import under_way
-from ..runtime import machine, openmp
+from ..runtime import locks, machine, openmp
 from .captures import Capture, Outcome
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,6 @@ class _Job(NamedTuple):
         caller: the identity of the thread that asked.
         threads: how many threads the ops of that thread use.
         asked_again: whether a later call of the frame has come by.
-        sleepers: make the threads of the program's ops sleep where they wait for each other, as beside a worker.
     """
 
     capture: Capture
@@ -64,7 +64,6 @@ class _Job(NamedTuple):
     caller: int
     threads: int
     asked_again: Callable[[], bool]
-    sleepers: openmp.Sleepers
 
 
 class CaptureThread:
@@ -76,8 +75,9 @@ class CaptureThread:
     def _begin_anew(self) -> None:
         self._jobs: deque[_Job] = deque()
         self._current: _Job | None = None
-        self._holds: list[None] = []
+        self._holds: list[object] = []
         self._wake = threading.Semaphore(0)
+        self._starting = threading.Lock()
         self._ends = False
         self._thread: threading.Thread | None = None
 
@@ -87,33 +87,44 @@ class CaptureThread:
         """Run `capture` on the thread, and give its outcome to `done`. False if too many wait already."""
         if len(self._jobs) >= LONGEST_QUEUE or self._ends:
             return False
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True, name="frame-swap-capture")
-            self._thread.start()
-        under_way.capture_begins(capture.name)
-        caller, threads = threading.get_ident(), torch.get_num_threads()
-        self._jobs.append(_Job(capture, done, caller, threads, asked_again, openmp.Sleepers(1)))
+        locks.call_holding(self._starting, self._start, wait=True)
+        job = _Job(capture, done, threading.get_ident(), torch.get_num_threads(), asked_again)
+        try:
+            under_way.capture_begins(capture.name)
+            self._jobs.append(job)
+        except BaseException:  # an interrupt
+            if job not in self._jobs:
+                under_way.capture_ends(capture.name)
+            raise
         self._wake.release()
         return True
+
+    def _start(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, daemon=True, name="frame-swap-capture")
+            thread.start()
+            self._thread = thread
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Within the block no capture begins, and the one under way stops."""
-        self.hold()
+        who = object()
         try:
+            self.hold(who)
             yield
         finally:
-            self.let_go()
+            self.let_go(who)
 
-    def hold(self) -> None:
+    def hold(self, who: object = None) -> None:
         """Begin no capture, and stop the one under way. Does not wait for that."""
-        self._holds.append(None)
+        self._holds.append(who)
         if (job := self._current) is not None:  # `_run` looks at the holds after it has set this
             job.capture.stopped = True
 
-    def let_go(self) -> None:
+    def let_go(self, who: object = None) -> None:
         """The end of `hold`."""
-        del self._holds[-1:]  # a child that was forked within has none
+        with contextlib.suppress(ValueError):  # a child that was forked within has none
+            self._holds.remove(who)
         self._wake.release()
 
     def stop(self) -> None:
@@ -123,6 +134,8 @@ class CaptureThread:
         self._wake.release()
         if self._thread is not None:
             self._thread.join(EXIT_PATIENCE)
+        while self._jobs and self._jobs[0] is not self._current:  # it would wait for one that has not stopped
+            self._finish(self._jobs[0], Outcome.STOPPED)
 
     def forked(self) -> None:
         """This is a forked child, without the thread."""
@@ -152,14 +165,17 @@ class CaptureThread:
                     library.omp_set_num_threads(job.threads)
                 if torch.get_num_threads() != job.threads:
                     return Outcome.IMPOSSIBLE
-            return machine.run_courteously(job.capture.run)
+            sleepers = openmp.Sleepers(1)  # as beside a worker
+            try:
+                return machine.run_courteously(job.capture.run)
+            finally:
+                sleepers.end()
         except BaseException:
             log.exception("frame-swap: a mistake in frame-swap; the program is not affected")
             return Outcome.IMPOSSIBLE
 
     def _finish(self, job: _Job, outcome: Outcome) -> None:
         self._jobs.popleft()
-        job.sleepers.end()
         job.done(job.capture, outcome)
         under_way.capture_ends(job.capture.name)
 

@@ -6,6 +6,9 @@ the verdict: from the moment autograd's engine enters its first node until it le
 both ends wait for the device. Calls made while workers compile are not measured, since workers then take
 CPUs from both sides.
 
+Gradients of leaves are accumulated between the nodes of Dynamo's graph, and after the one node of compiled code. It
+costs nothing where `.grad` is None. Where there is something to add to, or a hook, it counts against eager code.
+
 Medians are compared. The noise of a median is the half-width of a box plot's notch, 1.57 × interquartile range /
 √n (McGill, Tukey and Larsen, "Variations of Box Plots", The American Statistician 32(1), 1978): if two notches do
 not overlap, the medians differ at about the 95% level. Compiled code is rejected if it is slower and the notches do
@@ -106,17 +109,17 @@ class Measurement(Trial):
         return outputs
 
     def _time_backward(self, nodes: _Nodes, devices: Iterable[torch.device], sample: _Sample) -> None:
-        start: list[float] = []
+        start: dict[int, float] = {}  # by the number of the backward: a graph may have several, and parts of one
 
         def enter(gradients: Any) -> None:
-            if not start:
+            if (backward := eager.number_of_backward()) not in start:
                 _synchronise(devices)
-                start[:] = [self._clock()]
+                start[backward] = self._clock()
 
         def leave(inputs: Any, outputs: Any) -> None:
             _synchronise(devices)
-            if sample.backward is None and start:
-                sample.backward = self._clock() - start[0]
+            if sample.backward is None and (began := start.get(eager.number_of_backward())) is not None:
+                sample.backward = self._clock() - began
 
         for function in (enter, leave):
             dynamo.skip_frames(function.__code__)

@@ -66,7 +66,8 @@ class Entry:
     @property
     def worth(self) -> tuple[bool, bool, int]:
         """The larger, the sooner its turn comes."""
-        return self._demand.awaited, not self._cold, self._demand.calls() * self._demand.size
+        cold = self._cold and not self.new_calls
+        return self._demand.awaited, not cold, self._demand.calls() * self._demand.size
 
     @property
     def new_calls(self) -> int:

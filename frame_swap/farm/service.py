@@ -16,8 +16,8 @@ Guarantees:
 - `Job.cancel` may be called anywhere, also from a finalizer: it takes no lock that the interrupted thread might
   hold and could not take again.
 
-Assumed: one lock guards the pool and the loader. Nothing of theirs is called under it, except to create them. A
-user's executor gives its own guarantees: nothing is tried again there.
+Assumed: one lock guards which pool and which loader there are. The pool's own locks are taken under it; nothing
+that holds one of these asks for it. A user's executor gives its own guarantees: nothing is tried again there.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from typing import Any
 from .. import settings
 from ..artifacts import load
 from ..errors import first_line
-from ..runtime import machine, openmp
+from ..runtime import machine
 from ..shipping.parcel import Parcel
 from .compile import compile_graph
-from .local.pool import Pool, kill_all
+from .local.pool import Pool, busy, kill_all
 from .local.process import Lost, Terms, register_at_exit
 from .protocol import Outcome, Request
 from .queue import NO_CALLS, Demand
@@ -50,9 +50,9 @@ log = logging.getLogger(__name__)
 Deliver = Callable[[Outcome], None]
 
 PATIENCE = 2.0
-"""Seconds from the first compile until the modules that loading needs are imported. That takes most of a second
-and the GIL, and the call that asked for the compile has not yet returned. An artifact that comes sooner imports
-them, too."""
+"""Seconds from the first compile until the import of the modules that loading needs. It takes most of a second and
+the GIL, and the call that asked for the compile is not over yet: most are by then. An artifact that comes sooner
+imports them, too."""
 
 
 class Job:
@@ -81,7 +81,8 @@ class Job:
 
     def wait(self) -> Outcome:
         """Block until the compile has ended, and return its outcome; for callers that need the result."""
-        futures.wait([self._future])
+        with contextlib.suppress(futures.CancelledError):
+            self._future.exception()  # unlike `futures.wait`, it is woken by `cancel`
         time.sleep(self._delay)
         return _outcome(self._future)
 
@@ -106,8 +107,6 @@ class Service:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._pool: Pool | None = None
-        self._compiling = 0  # jobs in frame-swap's own workers
-        self._sleepers: openmp.Sleepers | None = None  # while there are some
         self._loader: ThreadPoolExecutor | None = None
         self._prepares_loading = False
         self._stopped = False
@@ -152,7 +151,6 @@ class Service:
         try:
             if executor is None:
                 job._future = self._submit_to_pool(compile_parcel, lambda: job.wanted, demand)
-                self._count_compile(job._future)
             else:
                 job._future = executor.submit(compile_parcel)
             if deliver is not None:
@@ -169,7 +167,7 @@ class Service:
     @property
     def compiling(self) -> bool:
         """Whether workers of frame-swap's own have something to compile."""
-        return self._compiling > 0
+        return busy.count > 0
 
     @property
     def stopped(self) -> bool:
@@ -178,8 +176,8 @@ class Service:
 
     def worker_pids(self) -> list[int]:
         """PIDs of frame-swap's own workers."""
-        with self._lock:
-            return self._pool.pids() if self._pool is not None else []
+        pool = self._pool
+        return pool.pids() if pool is not None else []
 
     def stop(self) -> None:
         """End the workers now, without waiting for what they compile."""
@@ -223,20 +221,6 @@ class Service:
                 _stop_at_exit()
             return self._pool
 
-    def _count_compile(self, future: Future[Outcome]) -> None:
-        def done(_: Future[Outcome]) -> None:
-            with self._lock:
-                self._compiling -= 1
-                if not self._compiling and self._sleepers is not None:
-                    self._sleepers.end()
-                    self._sleepers = None
-
-        with self._lock:
-            self._compiling += 1
-            if self._sleepers is None and self._pool is not None:
-                self._sleepers = openmp.Sleepers(self._pool.terms.size)
-        future.add_done_callback(done)
-
     def _done(self, job: Job, future: Future[Outcome]) -> None:
         if self._stopped or not job.wanted:
             return
@@ -250,12 +234,13 @@ class Service:
         self._load_soon(functools.partial(job._run_delivery, outcome))
 
     def _prepare_loading(self) -> None:
-        """Import what loading needs, once, when the call that asks is over."""
+        """Import what loading needs, `PATIENCE` seconds after the first compile was asked for."""
         if not self._prepares_loading:
             self._prepares_loading = True
             timer = threading.Timer(PATIENCE, self._load_soon, [load.prepare])
             timer.daemon = True
-            timer.start()
+            with contextlib.suppress(RuntimeError):  # out of threads: then loading imports them
+                timer.start()
 
     def _load_soon(self, call: Callable[[], None]) -> None:
         with self._lock:

@@ -36,6 +36,9 @@ class Callee(Protocol):
     def recover(self, error: Exception, /, *args: Any) -> Any:
         """What the frame's call returns after compiled code, called with `args`, has raised `error`."""
 
+    def frame_gone(self) -> None:
+        """Nobody runs the frame's code any more. Called anywhere, also within a garbage collection."""
+
 
 class Calls(NamedTuple):
     """What a site calls.
@@ -74,6 +77,20 @@ class _Frame:
         self._sites = [weakref.ref(site) for site in sites]
         self.version = 0
         self.current = self.next = weakref.ref(base)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody runs the frame's code any more."""
+        return self.current() is None and self.next() is None
+
+    def reference(self, code: CodeType) -> weakref.ref[CodeType]:
+        """A weak reference for `current` and `next`, which tells the callees when the frame is gone."""
+        return weakref.ref(code, self._code_gone)
+
+    def _code_gone(self, _: object) -> None:
+        if self.is_gone:
+            for site in filter(None, (ref() for ref in self._sites)):
+                site.frame_gone()
 
     def code(self, site: CallSite | None = None, calls: Calls | None = None) -> CodeType:
         """The frame's code, with `calls` for `site`, and for its other sites what they call now."""
@@ -137,13 +154,23 @@ class CallSite:
         if entry is None:
             raise FrameGone
         if entry.code is not code:
-            frame.next = weakref.ref(code)
+            frame.next = frame.reference(code)
             cache_entry.replace_code(entry, code)
         if self._whole:
             dispatch.entry_rewritten(original, entry, code)
-        frame.current = weakref.ref(code)
+        frame.current = frame.reference(code)
         self.calls = rewrite.calls
         frame.version += 1
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody runs the frame's code any more."""
+        return self._frame is not None and self._frame.is_gone
+
+    def frame_gone(self) -> None:
+        """Tell the callee."""
+        if (callee := self._callee()) is not None:
+            callee.frame_gone()
 
     def rebind(self, callee: Any) -> None:
         """Point the global at `callee`: frees what it held, and serves code that calls it by name."""
@@ -196,5 +223,5 @@ def _on_generated_code(code: CodeType, new_code: CodeType) -> CodeType | None:
     for site in sites.values():
         site.bind(frame)
     first = frame.code()
-    frame.current = weakref.ref(first)
+    frame.current = frame.next = frame.reference(first)
     return first

@@ -1,8 +1,9 @@
 """Dynamo on a thread beside the program: what it needs of the caller's thread, and what it must leave alone.
 
 Guarantees:
-- A capture on such a thread changes nothing that other threads see: neither random generators nor the default dtype
-  nor `torch.compiler.is_compiling()`. A trace that would have to change something ends with `GivenUp`.
+- A capture on such a thread leaves alone what the program reads: random generators, the default dtype,
+  `torch.compiler.is_compiling()`, `nn.Module`. A trace that would have to change such a thing ends with `GivenUp`.
+  Dynamo's counters and its callbacks at the start and end of a compile are as in a call.
 - If the process-wide state changes meanwhile, the capture ends with `GivenUp`.
 - Other threads, and captures in calls, run Dynamo as it is.
 """
@@ -13,7 +14,6 @@ import contextlib
 import contextvars
 import functools
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +27,7 @@ with names_looked_up():
     import torch._dynamo
     from torch._C import _PreserveDispatchKeyGuard, _set_grad_enabled
     from torch._dynamo import convert_frame
-    from torch._dynamo.convert_frame import compile_lock
+    from torch._dynamo.convert_frame import DynamoOutput, compile_lock
     from torch._dynamo.variables import ctx_manager, misc, nn_module, user_defined
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx import _symbolic_trace as symbolic_trace
@@ -43,7 +43,7 @@ try:
         get_eval_frame_isolate_recompiles_id,
         set_eval_frame_isolate_recompiles_id,
     )
-    from torch._dynamo.graph_bytecode_inputs import reset_user_object_tracking
+    from torch._dynamo.graph_bytecode_inputs import has_user_objects
     from torch._dynamo.utils import _get_error_on_graph_break
 
     _HAS_NAMES = True
@@ -53,7 +53,7 @@ except ImportError:  # before torch 2.13
 __all__ = [
     "CallersState",
     "GivenUp",
-    "install",
+    "checkpoint",
     "is_beside",
     "is_possible",
     "process_checkpoint",
@@ -69,6 +69,12 @@ def is_possible() -> bool:
 def is_beside() -> bool:
     """Whether the calling thread captures beside the program."""
     return read_log.log() is not None
+
+
+def checkpoint() -> None:
+    """End the capture beside the program, if this is one, and it is to end."""
+    if (notes := read_log.log()) is not None:
+        notes.checkpoint()
 
 
 class CallersState:
@@ -139,9 +145,11 @@ def trace(
 
     def capture() -> Any:
         with state.in_place(), compile_lock, read_log.noting(notes), _disable_current_modes():
+            _install()
             notes.checkpoint()
             result = asked._torchdynamo_orig_backend(frame, None, asked.hooks, frame_state, skip=1)
             notes.checkpoint()
+            notes.confirm()
             return result
 
     return state.context.run(capture)
@@ -150,21 +158,17 @@ def trace(
 # --- What is kept off on that thread ---
 
 
-_installing = threading.Lock()
-
-
-def install() -> None:
-    """Have Dynamo look whether it runs beside the program, where it would do something to the whole process."""
-    with _installing:
-        _install()
-
-
 @functools.cache
 def _install() -> None:
+    """Have Dynamo look whether it runs beside the program, where it would do something to the whole process.
+
+    The caller holds Dynamo's compile lock: no other thread traces, and no child is forked meanwhile.
+    """
     read_log.install()
     convert_frame.trace_frame = _trace_frame(convert_frame.trace_frame)
     torch.compiler._compile_session_context = _nothing_beside(torch.compiler._compile_session_context)
     setattr(FakeTensorMode, "dispatch", _with_checkpoint(FakeTensorMode.dispatch))  # noqa: B010
+    setattr(DynamoOutput, "build_guards", _with_checkpoint(DynamoOutput.build_guards))  # noqa: B010
     owner: Any
     for owner, name in (
         (symbolic_trace.Tracer, "trace"),  # patches nn.Module, and makes calls of compiled code raise
@@ -196,14 +200,22 @@ def _trace_frame(stock: Callable[..., Any]) -> Callable[..., Any]:
                 stack.enter_context(without())
             if symbolic_trace.CURRENT_PATCHER is not None:  # Dynamo would take its patches back
                 raise GivenUp("an FX trace is under way")
-            reset_user_object_tracking()
             notes.start()
             try:
-                return bare(*args, **kwargs)
+                _refuse_user_objects()
+                result = bare(*args, **kwargs)
+                _refuse_user_objects()
+                return result
             finally:
                 _set_grad_enabled(grad)
 
     return trace_frame
+
+
+def _refuse_user_objects() -> None:
+    """Dynamo keeps streams and events of graphs in a table of the process, which calls of other graphs use."""
+    if has_user_objects():
+        raise GivenUp("there are graphs with streams or events", lasting=True)
 
 
 def _nothing_beside(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -236,12 +248,11 @@ def _initialize_lazy_module(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_checkpoint(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
-    def dispatch(*args: Any, **kwargs: Any) -> Any:
-        if (notes := read_log.log()) is not None:
-            notes.checkpoint()
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        checkpoint()
         return stock(*args, **kwargs)
 
-    return dispatch
+    return checked
 
 
 def _is_loud_enough(record: logging.LogRecord) -> bool:

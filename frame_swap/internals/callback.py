@@ -62,6 +62,7 @@ __all__ = [
     "fits_an_entry",
     "has_names",
     "is_called_disabled",
+    "kin",
     "plainly",
     "reason_for_the_call",
     "replace_callback",
@@ -164,10 +165,18 @@ def expect_resets(code: CodeType) -> None:
     convert_frame.input_codes.add(code)
 
 
+def kin(callback: CatchErrorsWrapper) -> tuple[Any, int]:
+    """What two callbacks have in common, by `==`, whose frames have cache entries in common."""
+    return dynamos_eval_frame.innermost_backend(callback), get_eval_frame_isolate_recompiles_id()
+
+
 def fits_an_entry(callback: CatchErrorsWrapper, frame: Any) -> bool:
-    """Whether a cache entry, which another thread has made meanwhile, fits the call."""
-    backend = dynamos_eval_frame.innermost_backend(callback)
-    entries = _get_cache_entries_for_region(frame.f_code, get_eval_frame_isolate_recompiles_id())
+    """Whether a cache entry, which another thread has made meanwhile, fits the call.
+
+    The caller holds Dynamo's compile lock.
+    """
+    backend, region = kin(callback)
+    entries = _get_cache_entries_for_region(frame.f_code, region)
     return any(entry.backend == backend and entry.guard_manager.check(frame.f_locals) for entry in entries)
 
 

@@ -13,6 +13,7 @@ with names_looked_up():
     import torch._dynamo
     from torch import _conj as conj
     from torch import _neg_view as neg_view
+    from torch._C import _current_graph_task_id as number_of_backward
     from torch._C import _DisableAutocast as no_autocast
     from torch._C import _get_deterministic_algorithms as deterministic_algorithms
     from torch._C import _get_obj_in_tls as thread_local
@@ -47,6 +48,7 @@ __all__ = [
     "library_file",
     "neg_view",
     "no_autocast",
+    "number_of_backward",
     "same",
     "sequence_number",
     "set_grad_enabled",

@@ -14,8 +14,9 @@ Guarantees:
 - Objects that guards match by identity are held weakly. One that has died differs from each that lives.
 - Other threads' traces are not noted.
 
-Assumed: what Dynamo reads goes through `VariableBuilder`, or a guard for it is added right then. A read past the
-builder that the program changes before the guard is added, and does not change back, goes unnoticed.
+Assumed: what Dynamo reads goes through `VariableBuilder`, or a guard for it is added right then. What it reads past
+the builder once more (the code of a function that it inlines twice, say), and the program changes before that and
+changes back after it, goes unnoticed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -98,10 +99,14 @@ class ReadLog:
 
     def start(self) -> None:
         """The trace begins, or begins anew: then what it has read so far decides how it goes on."""
+        self.confirm()
+        self._reads, self._constants, self._guards, self._containers = {}, {}, {}, {}
+
+    def confirm(self) -> None:
+        """Raise `GivenUp` if something is not as it was read. Then guards may have been built of another state."""
         self._collect()
         if (changed := self._differs(self._scope, missing_differs=False)) is not None:
             raise GivenUp(f"{changed} has changed")
-        self._reads, self._constants, self._guards, self._containers = {}, {}, {}, {}
 
     def seal(self) -> None:
         """The trace is over: let go of the values, and of the frame."""
@@ -122,7 +127,8 @@ class ReadLog:
         if is_traceable_wrapper_subclass(value):
             raise GivenUp(f"{source.name} is a tensor subclass", lasting=True)
         if (before := self._reads.get(source)) is not None:
-            if before.differs(value) or _outline(before.frozen) != _outline(value):
+            other = value is not before.value and isinstance(value, _TRACKED)
+            if other or before.differs(value) or _outline(before.frozen) != _outline(value):
                 raise GivenUp(f"{source.name} has changed")
             return  # the tracer goes on with what it has made of the first
         differs = _tensor_differs(value) if isinstance(value, torch.Tensor) else _type_is_not(type(value))
@@ -205,6 +211,8 @@ class ReadLog:
 
 _CONSTANTS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.layout)
 _COPIED = (list, dict, set, deque, OrderedDict, defaultdict)
+_TRACKED = (torch.Tensor, torch.nn.Module, FunctionType)
+"""Dynamo knows these by identity: it would take another object for another value, though their source is one."""
 _BY_IDENTITY = ("ID_MATCH", "NN_MODULE", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH", "BUILTIN_MATCH")
 
 

@@ -31,8 +31,8 @@ class Sleepers:
         count: how many; one for each CPU that something else is about to take.
 
     Attributes:
-        thread: the thread that they belong to; while it is alive after `present` is set, they count.
-        present: set when they are there.
+        thread: the thread that they belong to.
+        present: set when they are there, and count.
     """
 
     def __init__(self, count: int) -> None:

@@ -78,8 +78,8 @@ class Trampoline:
     Attributes:
         site: where the frame calls this, None where no frame does.
         specialiser: told of each call that no compiled code fits; None while there is no late guard.
-        is_ahead: whether the frame was captured in the background, and has made no call yet: its code may have
-            yet to come into Dynamo's cache. Installs then wait for the first call.
+        is_ahead: whether the frame was captured in the background, and no call has come from it: its code may
+            not be in Dynamo's cache yet, and installs wait for that call.
     """
 
     def __init__(self, record: Record, eager: Callable[..., Any], when: settings.When) -> None:
@@ -98,14 +98,13 @@ class Trampoline:
     # Calls
 
     def __call__(self, *args: Any) -> Any:
+        self.is_ahead = False
         if self._offers:
-            self.is_ahead = False
             if self._when != "manual":
                 self.install()
             if (on_trial := self._on_trial(args)) is not None:
                 return self._call_on_trial(on_trial, args)
-        served = self._served_for(args)
-        if served is not None:
+        if (served := self._served_for(args)) is not None:
             return self._call_compiled(served, args)
         if (specialiser := self.specialiser) is not None:
             specialiser.ask(args)
@@ -252,13 +251,17 @@ class Trampoline:
             while self.offered and locks.call_holding(dynamo.compile_lock, self._install_to_the_end, wait=wait):
                 pass
         except FrameGone:
-            if not self.is_ahead:
+            if not self.is_ahead or self.site is None or self.site.is_gone:
                 self._withdraw()
                 self._record.abandon()
         except Exception as error:
             if self._offers:
                 reason = f"installing failed: {type(error).__name__}: {error}"
                 self._reject_offer(self._offers[0], reason, Event.FAILED)
+
+    def frame_gone(self) -> None:
+        """Drop prepared code, which leads back here past the garbage collector's sight."""
+        self._prepared = None
 
     def install_unless_manual(self) -> None:
         """Do what the next call would do."""
@@ -297,7 +300,8 @@ class Trampoline:
     def _drop(self, offer: Offer) -> None:
         with suppress(ValueError):
             self._offers.remove(offer)
-        if self._prepared is not None and self._prepared.offer is offer:
+        prepared = self._prepared
+        if prepared is not None and prepared.offer is offer:
             self._prepared = None
 
     def _withdraw(self) -> None:
@@ -372,14 +376,11 @@ class Trampoline:
         self._drop(offer)
         offer.attempt.fail(event, reason)
         if self._plan:
-            locks.call_holding(dynamo.compile_lock, self._put_plan_back)
+            locks.call_holding(dynamo.compile_lock, lambda: self._show(self._plan))
 
     def _restore(self) -> None:
         if self._plan:
             self._show(())
-
-    def _put_plan_back(self) -> None:
-        self._show(self._plan)
 
     def _lead_here(self, offer: Offer) -> None:
         """Have calls that `offer` would serve better come here, for its trial."""

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from frame_swap.capture.captures import Capture
+from frame_swap.capture.captures import Capture, Outcome
 
 
 def run_elsewhere(do: Callable[[], object]) -> None:
@@ -78,3 +79,15 @@ def _put(model: nn.Module, values: list[Tensor]) -> None:
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), values, strict=True):
             buffer.copy_(value)
+
+
+def outcomes_of_captures(monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
+    """How captures end from now on."""
+    stock, seen = Capture.run, []
+
+    def run(capture: Capture) -> Outcome:
+        seen.append(stock(capture))
+        return seen[-1]
+
+    monkeypatch.setattr(Capture, "run", run)
+    return seen

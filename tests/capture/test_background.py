@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
+import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import is_direct
 from torch import Tensor, nn
+from torch._dynamo.convert_frame import DynamoOutput
 from torch.testing._internal.two_tensor import TwoTensor
 
 import frame_swap
 from frame_swap import State
-from frame_swap.capture.captures import PATIENCE, Capture
+from frame_swap.capture.captures import PATIENCE, Capture, Outcome
+from frame_swap.capture.thread import CaptureThread
 from frame_swap.internals import callback, dynamo
+
+from .harness import outcomes_of_captures
 
 ROUNDS = 12
 """More than any of these programs has frames to capture one after the other."""
@@ -395,3 +403,58 @@ def test_captures_that_go_stale_end_in_a_call(monkeypatch: pytest.MonkeyPatch) -
             break
     assert outcomes
     assert len(captures) <= PATIENCE + dynamo.recompile_limit() + 1
+
+
+def test_each_torch_compile_of_a_function_shares_its_captures() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x.sin() + 1
+
+    x = torch.randn(3)
+    for _ in range(3):
+        assert torch.equal(compiled(f)(x), f(x))
+        frame_swap.wait()
+    assert states() == [State.INSTALLED]
+
+
+def test_nothing_is_left_of_compiled_code_whose_capture_is_dropped() -> None:
+    model = Net().eval()
+    compiled(model)(torch.randn(6, 4))
+    frame_swap.wait()
+    assert states() == [State.READY]
+    torch._dynamo.reset()
+    gone = weakref.ref(model.first.weight)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert states() == [State.STALE]
+
+
+def test_guards_of_another_state_than_that_of_the_trace_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, outcomes = Net().eval(), outcomes_of_captures(monkeypatch)
+    build = DynamoOutput.build_guards
+
+    def build_guards(*args: Any, **keywords: Any) -> Any:
+        model.train()
+        return build(*args, **keywords)
+
+    monkeypatch.setattr(DynamoOutput, "build_guards", build_guards)
+    compiled(model)(torch.randn(6, 4))
+    frame_swap.wait()
+    assert outcomes == [Outcome.STALE]
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    thread, ended = CaptureThread(), threading.Event()
+    capture: Any = SimpleNamespace(name="f", stopped=False, run=lambda: Outcome.STALE)
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError):
+            thread.submit(capture, lambda capture, outcome: None, lambda: True)
+    assert frame_swap.report().capturing == []
+    assert thread.submit(capture, lambda capture, outcome: ended.set(), lambda: True)
+    assert ended.wait(60)
+    thread.stop()

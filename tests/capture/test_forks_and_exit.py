@@ -141,4 +141,5 @@ def test_the_program_ends_during_a_capture(moment: str, run_program: Any) -> Non
         atexit.register(home.thread.stop)  # before the line above prints
         """,
     )
-    assert lines in (["['STOPPED'] False"], ["[] False"])
+    # A capture that waits for its call may not have begun.
+    assert lines == ["['STOPPED'] False"] or (moment == "the call" and lines == ["[] False"])

@@ -1,4 +1,4 @@
-"""What the program sees of a capture beside it: nothing. Its state, its objects, its threads, forks and its end."""
+"""A capture beside the program leaves its state, its objects and its threads alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import frame_swap
 from frame_swap import State, region
-from frame_swap.capture.captures import Capture
+from frame_swap.capture.captures import Capture, Outcome
 from frame_swap.internals import beside, read_log
+
+from .harness import outcomes_of_captures
 
 HANG = 120.0
 
@@ -129,8 +131,9 @@ def test_a_graph_that_aotautograd_has_to_trace_is_captured_in_the_call() -> None
     assert frame_swap.report().regions[-1].eager_calls == 1
 
 
-def test_an_optimizer_is_traced_in_the_call() -> None:
+def test_an_optimizer_is_traced_in_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo makes its state when it traces."""
+    outcomes = outcomes_of_captures(monkeypatch)
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([weight], lr=0.1)
     weight.grad = torch.ones(3)
@@ -141,6 +144,7 @@ def test_an_optimizer_is_traced_in_the_call() -> None:
     call = compiled(step)
     call()
     frame_swap.wait()
+    assert outcomes == [Outcome.IMPOSSIBLE]
     call()
     twin = torch.nn.Parameter(torch.ones(3))
     expected = torch.optim.Adam([twin], lr=0.1)
@@ -238,8 +242,10 @@ def test_a_change_of_the_default_dtype_ends_the_capture(monkeypatch: pytest.Monk
             torch.set_default_dtype(torch.float32)
 
     monkeypatch.setattr(beside, "trace", trace)
+    outcomes = outcomes_of_captures(monkeypatch)
     call(x)
     frame_swap.wait()
+    assert outcomes == [Outcome.STALE]
     assert frame_swap.report().regions == []
 
 
@@ -435,8 +441,6 @@ def test_several_threads() -> None:
             if not torch.equal(call(x), model(x)):
                 wrong.append(at)
 
-    with torch.no_grad():
-        pass
     threads = [threading.Thread(target=work, args=(x,)) for x in inputs]
     for one in threads:
         one.start()
@@ -520,11 +524,14 @@ def test_refused_guards_are_not_logged_as_errors(caplog: pytest.LogCaptureFixtur
         del model.box
         return stock(*args, **keywords)
 
+    dynamos = logging.getLogger("torch._dynamo")  # its records do not reach the root's handlers
+    dynamos.addHandler(caplog.handler)
     torch._dynamo.convert_frame.DynamoOutput.build_guards = build
     try:
         compiled(model)(torch.ones(3))
         frame_swap.wait()
     finally:
         torch._dynamo.convert_frame.DynamoOutput.build_guards = stock
+        dynamos.removeHandler(caplog.handler)
     assert not hasattr(model, "box")
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

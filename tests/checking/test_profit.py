@@ -16,7 +16,7 @@ from torch import Tensor
 
 import frame_swap
 from frame_swap import FrameSwapWarning, Region, State
-from frame_swap.checking.profit import CALLS, WARM_UP, Figure, Measurement
+from frame_swap.checking.profit import CALLS, WARM_UP, Figure, Measurement, _Nodes
 from frame_swap.checking.trial import Sides
 
 pytestmark = pytest.mark.fast
@@ -153,17 +153,17 @@ class Clock:
         return run
 
 
-def judge(pair: list[float], compiled: list[float], disturbed: int = 0) -> Measurement:
-    clock, disturbances = Clock(), iter([False] * disturbed)
-    sides = Sides(*(clock.taking(seconds) for seconds in (pair, compiled, [], [])))
-    measurement = Measurement(lambda: next(disturbances, True), clock)
+def judge(current: list[float], compiled: list[float]) -> Measurement:
+    clock = Clock()
+    sides = Sides(*(clock.taking(seconds) for seconds in (current, compiled, [], [])))
+    measurement = Measurement(lambda: True, clock)
     while measurement.verdict is None:
         measurement.call(sides, [torch.zeros(1)])
     return measurement
 
 
 @pytest.mark.parametrize(
-    ("pair", "compiled", "slower"),
+    ("current", "compiled", "slower"),
     [
         ([1.0], [1.0], False),
         ([1.0], [0.5], False),
@@ -174,9 +174,9 @@ def judge(pair: list[float], compiled: list[float], disturbed: int = 0) -> Measu
     ],
 )
 def test_code_is_slower_where_it_is_by_more_than_the_noise(
-    pair: list[float], compiled: list[float], slower: bool
+    current: list[float], compiled: list[float], slower: bool
 ) -> None:
-    assert bool(judge(pair, compiled).verdict) == slower
+    assert bool(judge(current, compiled).verdict) == slower
 
 
 def test_noise_is_the_half_width_of_a_notch() -> None:
@@ -194,3 +194,33 @@ def test_what_is_disturbed_is_not_timed() -> None:
         measurement.call(Sides(fast, slow, fast, slow), [torch.zeros(1)])
     assert not any(measurement._samples.values())
     assert measurement.verdict is None
+
+
+def test_a_backward_of_a_part_is_not_the_beginning_of_one_of_the_whole() -> None:
+    clock = Clock()
+    a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+
+    def run(a: Tensor, b: Tensor) -> tuple[Tensor]:
+        return (a * 2 + b * 3,)  # the node of `a * 2` is made first, and runs last
+
+    measurement = Measurement(lambda: True, clock)
+    (out,) = measurement.call(Sides(run, run, run, run), [a, b])
+    torch.autograd.grad(out, b, retain_graph=True)
+    clock.now += 100
+    out.backward()
+    (sample,) = [sample for samples in measurement._samples.values() for sample in samples]
+    assert sample.backward == 0
+
+
+def test_a_call_ends_with_the_node_that_leads_out_of_it_and_was_made_first() -> None:
+    weights = [torch.ones(2, 2, requires_grad=True) for _ in range(3)]
+    argument = torch.ones(2, 2) @ weights[0]  # of what runs before the call
+    before = [argument.grad_fn]
+    first = argument @ weights[1]
+    out = first.sin() @ weights[2]
+    nodes = _Nodes.of([out, argument], before)
+    assert nodes is not None
+    assert nodes.first == [out.grad_fn]
+    assert nodes.last is first.grad_fn
+    assert _Nodes.of([argument], before) is None
+    assert _Nodes.of([torch.ones(1)], [None]) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -131,6 +132,17 @@ def test_when_the_pool_is_killed_nothing_waits_for_ever(busy: Moment) -> None:
     assert {region.state for region in live(frame_swap.report())} == {State.FAILED}
     delivery.service._pool = None
     del kept
+
+
+def test_who_waits_for_a_cancelled_compile_is_woken() -> None:
+    """The program ends while another of its threads is in a first call under `when="wait"`."""
+    job, outcomes = service.Job(None, 0.0), []
+    waiting = threading.Thread(target=lambda: outcomes.append(job.wait()))
+    waiting.start()
+    job._future.cancel()
+    waiting.join(60)
+    (outcome,) = outcomes
+    assert outcome.error == "the executor cancelled it"
 
 
 @pytest.fixture

@@ -58,8 +58,12 @@ def by_opt_in(first: settings.First) -> Callable[..., Any]:
     return frame_swap.opt_in(first=first)(lambda x: x.cos())
 
 
+def by_opt_in_with_a_mode(first: settings.First) -> Callable[..., Any]:
+    return frame_swap.opt_in(mode="max-autotune-no-cudagraphs", first=first)(lambda x: x.cos())
+
+
 @pytest.mark.parametrize("first", ["graph", "pair"])
-@pytest.mark.parametrize("ask", [by_configure, by_options, by_opt_in])
+@pytest.mark.parametrize("ask", [by_configure, by_options, by_opt_in, by_opt_in_with_a_mode])
 def test_the_program_chooses(ask: Callable[..., Any], first: settings.First) -> None:
     other: settings.First = "pair" if first == "graph" else "graph"
     frame_swap.configure(first=other, when="never")

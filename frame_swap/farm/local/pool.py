@@ -23,15 +23,54 @@ import pickle
 import signal
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from ...errors import first_line
-from ...runtime import machine
+from ...runtime import machine, openmp
 from ..queue import NO_CALLS, Demand, Entry, Queue
 from .process import Lost, Process, Terms, changing, forget_wakeups
+
+
+class Busy:
+    """How many calls run in worker processes. While any does, threads of ops sleep where they wait; see openmp.py.
+
+    Its lock is for pool threads alone.
+
+    Attributes:
+        count: the calls.
+        sleepers: what makes those threads sleep, while `count` is not 0.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sleepers: openmp.Sleepers | None = None
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def one_more(self, workers: int) -> Iterator[None]:
+        """Within the block, one call more runs; in one of so many workers."""
+        with self._lock:
+            self.count += 1
+            if self.sleepers is None:
+                self.sleepers = openmp.Sleepers(workers)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.count -= 1
+                if not self.count:
+                    self.sleepers.end()
+                    self.sleepers = None
+
+    def forget(self) -> None:
+        """In a forked child: no call runs, and the sleepers are the parent's."""
+        self.__init__()  # type: ignore[misc]
+
+
+busy = Busy()
 
 
 class Pool:
@@ -119,7 +158,8 @@ class Pool:
         if entry is None:  # its call was cancelled, or another thread has run it
             return
         try:
-            result = self._run(entry.call, entry.limit, entry.wanted)
+            with busy.one_more(self.terms.size):
+                result = self._run(entry.call, entry.limit, entry.wanted)
         except BaseException as error:
             entry.future.set_exception(error)
             del entry  # a cycle: the error's traceback holds this frame
@@ -206,6 +246,7 @@ def kill_all() -> None:
 def _forget() -> None:
     _parents.extend(_all)
     _all.clear()
+    busy.forget()
     forget_wakeups()
 
 

@@ -143,7 +143,7 @@ def _leave(name: str, text: str) -> None:
 
 
 def _probe_cpu() -> None:
-    # The first time on a machine, Inductor runs the C++ compiler about ten times to find the vector instructions.
+    # The first time on a machine, Inductor runs the C++ compiler several times to find the vector instructions.
     # Begun now, these runs overlap with the tracing of the first graph.
     from ...artifacts import folders
     from ...internals import inductor
