@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,14 @@ def device_name() -> str:
     return f"{len(os.sched_getaffinity(0))} CPU cores"
 
 
+def without_folders(text: str) -> str:
+    """`text` with the names of files in place of their paths, which are of the machine that measured."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+(?=[\w.+-]+)", "", text)
+
+
 def write(stem: Path, results: dict[str, Any], figure: Figure) -> None:
     """Write `stem`.json and `stem`.png, and print their names."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(results))
+    stem.with_suffix(".json").write_text(without_folders(json.dumps(results)))
     figure.savefig(stem.with_suffix(".png"), dpi=130)
     print(f"wrote {stem}.json and {stem}.png")

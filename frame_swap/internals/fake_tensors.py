@@ -26,6 +26,7 @@ with names_looked_up():
     from torch.fx._graph_pickler import Options as GraphPicklerOptions
     from torch.fx.experimental.sym_node import SymNode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 __all__ = [
@@ -43,10 +44,18 @@ __all__ = [
     "described_number",
     "detect_fake_mode",
     "forget_ids",
+    "has_symbolic_floats",
     "is_fake",
     "tracing",
     "unset_fake_temporarily",
 ]
+
+
+def has_symbolic_floats() -> bool:
+    """Whether the trace under way has symbols for floats; its graph need not use them."""
+    context = TracingContext.try_get()
+    env = context.fake_mode.shape_env if context is not None and context.fake_mode is not None else None
+    return env is not None and any(symbol_is_type(symbol, SymT.FLOAT) for symbol in env.backed_var_to_val)
 
 
 class FrameShapes:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..internals import beside, dispatcher, dynamo, eager
+from ..internals import beside, dispatcher, dynamo, eager, fake_tensors
 from ..settings import First
 from .pair import trace_pair
 
@@ -83,8 +83,11 @@ def why_pair(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> WhyPair | N
     What AOTAutograd finds out in a worker, after Dynamo has closed the frame, can only become a late guard. Those
     are conditions on whole numbers.
     """
-    if any(isinstance(node.meta.get("example_value"), torch.SymFloat) for node in gm.graph.nodes):
-        return WhyPair("it computes with floats that change from call to call", needed=True)
+    computes = any(isinstance(node.meta.get("example_value"), torch.SymFloat) for node in gm.graph.nodes)
+    if (
+        computes or fake_tensors.has_symbolic_floats()
+    ):  # AOTAutograd decides which of them Dynamo is to make constant
+        return WhyPair("its frame has floats that change from call to call", needed=True)
     if _some_share_memory(example_inputs):
         return WhyPair("inputs of changing size share memory", needed=True)
     if (name := next(_traced_operators(gm), None)) is not None:

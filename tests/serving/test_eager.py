@@ -15,6 +15,8 @@ from frame_swap.serving import eager
 
 pytestmark = pytest.mark.fast
 
+FLOATS = "its frame has floats that change from call to call"
+
 
 def kinds() -> list[tuple[str, str]]:
     return [(region.eager, region.eager_reason) for region in frame_swap.report().regions]
@@ -94,7 +96,23 @@ def test_floats_that_change_take_the_pair_and_are_specialised_where_they_must_be
     used = [r for r in frame_swap.report().regions if r.state is not State.STALE]
     assert used
     assert {region.state for region in used} == {State.INSTALLED}
-    assert ("pair", "it computes with floats that change from call to call") in kinds()
+    assert ("pair", FLOATS) in kinds()
+
+
+def test_a_float_that_only_decides_takes_the_pair_until_it_is_constant() -> None:
+    """The graph does not have it; the trace has a symbol for it, and AOTAutograd asks Dynamo to start over."""
+    frame_swap.configure(first="graph")
+
+    def scaled(x: Tensor, factor: float) -> Tensor:
+        return (x + 1 if factor > 0.5 else x).sin()
+
+    compiled = torch.compile(scaled, backend="frame_swap", dynamic=True)
+    x = torch.randn(3)
+    for _ in range(2):
+        for factor in (1.5, 2.5, 0.25):
+            torch.testing.assert_close(compiled(x, factor), scaled(x, factor))
+        frame_swap.wait()
+    assert {r.state for r in frame_swap.report().regions} <= {State.INSTALLED, State.STALE}
 
 
 def test_inputs_that_share_memory_take_the_pair_whose_guard_tells_other_overlaps() -> None:
