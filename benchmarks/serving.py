@@ -99,16 +99,16 @@ def spawn_arm(arm: str, args: argparse.Namespace) -> Run:
 def ratios(runs: dict[str, Run]) -> dict[str, dict[str, float]]:
     """The figures of each arm, from the runs of one round."""
     eager = runs["eager"]["calls"]
+    usual = statistics.median(eager)
 
     def of(calls: list[float]) -> dict[str, float]:
         return {
             "first call / eager's": calls[0] / eager[0],
             "worst call / eager's worst": max(calls) / max(eager),
-            "worst call / eager's median": max(calls) / statistics.median(eager),
-            "calls over 5 x eager's median": sum(call > 5 * statistics.median(eager) for call in calls),
+            "worst call / eager's median": max(calls) / usual,
+            "calls over 5 x eager's median": sum(call > 5 * usual for call in calls),
             "calls done / eager's": len(calls) / len(eager),
-            "median of the last tenth / eager's": statistics.median(calls[-max(1, len(calls) // 10) :])
-            / statistics.median(eager),
+            "median of the last tenth / eager's": statistics.median(calls[-max(1, len(calls) // 10) :]) / usual,
         }
 
     return {arm: of(run["calls"]) for arm, run in runs.items()}
