@@ -27,7 +27,7 @@ with names_looked_up():
     import torch._dynamo
     from torch._C import _PreserveDispatchKeyGuard, _set_grad_enabled
     from torch._dynamo import convert_frame
-    from torch._dynamo.convert_frame import DynamoOutput, compile_lock
+    from torch._dynamo.convert_frame import compile_lock
     from torch._dynamo.variables import ctx_manager, misc, nn_module, user_defined
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx import _symbolic_trace as symbolic_trace
@@ -43,6 +43,7 @@ try:
         get_eval_frame_isolate_recompiles_id,
         set_eval_frame_isolate_recompiles_id,
     )
+    from torch._dynamo.convert_frame import DynamoOutput
     from torch._dynamo.graph_bytecode_inputs import has_user_objects
     from torch._dynamo.utils import _get_error_on_graph_break
 
