@@ -83,10 +83,9 @@ def why_pair(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> WhyPair | N
     What AOTAutograd finds out in a worker, after Dynamo has closed the frame, can only become a late guard. Those
     are conditions on whole numbers.
     """
+    # AOTAutograd decides which floats Dynamo is to make constant, also of those that the graph does not use.
     computes = any(isinstance(node.meta.get("example_value"), torch.SymFloat) for node in gm.graph.nodes)
-    if (
-        computes or fake_tensors.has_symbolic_floats()
-    ):  # AOTAutograd decides which of them Dynamo is to make constant
+    if computes or fake_tensors.has_symbolic_floats():
         return WhyPair("its frame has floats that change from call to call", needed=True)
     if _some_share_memory(example_inputs):
         return WhyPair("inputs of changing size share memory", needed=True)

@@ -80,39 +80,31 @@ def test_an_unknown_choice_is_refused(ask: Callable[..., Any]) -> None:
         ask("grph")(torch.ones(3))
 
 
-def test_floats_that_change_take_the_pair_and_are_specialised_where_they_must_be() -> None:
+def computes_with(x: Tensor, factor: float) -> Tensor:
+    return x * factor + (x if factor // 2 > 1 else -x)
+
+
+def decides_by(x: Tensor, factor: float) -> Tensor:
+    """The graph does not have the float; the trace has a symbol for it."""
+    return (x + 1 if factor > 0.5 else x).sin()
+
+
+@pytest.mark.parametrize(("scaled", "factors"), [(computes_with, (1.5, 2.5, 7.0)), (decides_by, (1.5, 2.5, 0.25))])
+def test_floats_that_change_take_the_pair_and_are_specialised_where_they_must_be(
+    scaled: Callable[[Tensor, float], Tensor], factors: tuple[float, ...]
+) -> None:
     """AOTAutograd starts Dynamo's capture over where it cannot make a tensor of a float."""
     frame_swap.configure(first="graph")
-
-    def scaled(x: Tensor, factor: float) -> Tensor:
-        return x * factor + (x if factor // 2 > 1 else -x)
-
     compiled = torch.compile(scaled, backend="frame_swap", dynamic=True)
     x = torch.randn(3)
     for _ in range(2):
-        for factor in (1.5, 2.5, 7.0):
+        for factor in factors:
             torch.testing.assert_close(compiled(x, factor), scaled(x, factor))
         frame_swap.wait()
     used = [r for r in frame_swap.report().regions if r.state is not State.STALE]
     assert used
     assert {region.state for region in used} == {State.INSTALLED}
     assert ("pair", FLOATS) in kinds()
-
-
-def test_a_float_that_only_decides_takes_the_pair_until_it_is_constant() -> None:
-    """The graph does not have it; the trace has a symbol for it, and AOTAutograd asks Dynamo to start over."""
-    frame_swap.configure(first="graph")
-
-    def scaled(x: Tensor, factor: float) -> Tensor:
-        return (x + 1 if factor > 0.5 else x).sin()
-
-    compiled = torch.compile(scaled, backend="frame_swap", dynamic=True)
-    x = torch.randn(3)
-    for _ in range(2):
-        for factor in (1.5, 2.5, 0.25):
-            torch.testing.assert_close(compiled(x, factor), scaled(x, factor))
-        frame_swap.wait()
-    assert {r.state for r in frame_swap.report().regions} <= {State.INSTALLED, State.STALE}
 
 
 def test_inputs_that_share_memory_take_the_pair_whose_guard_tells_other_overlaps() -> None:
