@@ -2,7 +2,8 @@
 
 Guarantees:
 - A capture begins when the call that asked for it is over, or `CALL_PATIENCE` seconds later.
-- `submit` waits for no capture. It takes `LONGEST_QUEUE` frames at most; their arguments live until then.
+- `submit` waits for no capture. It takes `LONGEST_QUEUE` frames at most. It holds their arguments until it
+  has captured them.
 - A fork, a capture in a call and the exit of the program stop the capture that is under way, at its next look at
   the program's state: it takes one for each operator, value and guard, but none while it builds guards and packs
   the graph. It is done again when a later call asks.
@@ -116,13 +117,13 @@ class CaptureThread:
             self.let_go(who)
 
     def hold(self, who: object = None) -> None:
-        """Begin no capture, and stop the one under way. Does not wait for that."""
+        """Begin no capture, and stop the one under way, until `who` lets go. Does not wait for that."""
         self._holds.append(who)
         if (job := self._current) is not None:  # `_run` looks at the holds after it has set this
             job.capture.stopped = True
 
     def let_go(self, who: object = None) -> None:
-        """The end of `hold`."""
+        """End what `hold` began for `who`."""
         with contextlib.suppress(ValueError):  # a child that was forked within has none
             self._holds.remove(who)
         self._wake.release()

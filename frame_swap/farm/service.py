@@ -50,9 +50,9 @@ log = logging.getLogger(__name__)
 Deliver = Callable[[Outcome], None]
 
 PATIENCE = 2.0
-"""Seconds from the first compile until the import of the modules that loading needs. It takes most of a second and
-the GIL, and the call that asked for the compile is not over yet: most are by then. An artifact that comes sooner
-imports them, too."""
+"""Seconds from the first compile until the import of the modules that loading needs. The import holds the GIL for
+most of a second. After this time most of the calls that ask for a first compile are over. An artifact that comes
+sooner imports the modules itself."""
 
 
 class Job:

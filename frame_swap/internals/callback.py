@@ -166,7 +166,7 @@ def expect_resets(code: CodeType) -> None:
 
 
 def kin(callback: CatchErrorsWrapper) -> tuple[Any, int]:
-    """What two callbacks have in common, by `==`, whose frames have cache entries in common."""
+    """A key, to compare by `==`: callbacks with the same key share the cache entries of a frame."""
     return dynamos_eval_frame.innermost_backend(callback), get_eval_frame_isolate_recompiles_id()
 
 
