@@ -11,7 +11,7 @@ import pytest
 
 from . import outcomes
 from .outcomes import Outcome
-from .verdict import Verdict, markdown
+from .verdict import Verdict, markdown, read_listed
 
 FILE = "test_small.py"
 TESTS = """\
@@ -69,7 +69,7 @@ def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_run_names_what_is_lost_and_survives_it(tree: Path) -> None:
     done = run(tree, "--when", "never")
     assert done.returncode == 0, "what stock fails, too, does not count"
-    (results,) = tree.glob("*-all-never.jsonl")
+    (results,) = tree.glob("*-all-never-graph.jsonl")
     ran = outcomes.read(results)
     assert {o.id.partition("::test_")[2]: o.outcome for o in ran.values()} == {
         "passes": "passed",
@@ -97,3 +97,15 @@ def test_a_verdict_tells_lost_from_listed() -> None:
     assert [o.id for o in verdict.lost_but_listed] == [ids[2]]
     assert (verdict.no_longer_lost, verdict.not_run) == ([ids[0]], [ids[3]])
     assert f"| `{ids[2]}` | never | counts kernels |" in markdown([verdict])
+
+
+def test_what_is_listed_is_of_a_mode_and_may_be_of_one_kind_of_eager_code(tmp_path: Path) -> None:
+    path = tmp_path / "listed.toml"
+    path.write_text(
+        '[[group]]\nwhen = ["never"]\nreason = "both"\ntests = ["a"]\n'
+        '[[group]]\nwhen = ["ready", "never"]\nfirst = ["graph"]\nreason = "one"\ntests = ["b"]\n'
+    )
+    assert read_listed("never", "graph", path) == {"a": "both", "b": "one"}
+    assert read_listed("never", "pair", path) == {"a": "both"}
+    assert read_listed("ready", "graph", path) == {"b": "one"}
+    assert read_listed("wait", "graph", path) == {}

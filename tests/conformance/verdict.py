@@ -19,10 +19,14 @@ Outcomes = Mapping[str, Outcome]
 LISTED = Path(__file__).with_name("listed.toml")
 
 
-def read_listed(when: str, path: Path = LISTED) -> dict[str, str]:
-    """The tests that may be lost in a mode, with the reason of each."""
-    groups = tomllib.loads(path.read_text()).get("group", [])
-    return {test: group["reason"] for group in groups if when in group["when"] for test in group["tests"]}
+def read_listed(when: str, first: str, path: Path = LISTED) -> dict[str, str]:
+    """The tests that may be lost in a mode and with a kind of eager code, with the reason of each."""
+    groups = [
+        group
+        for group in tomllib.loads(path.read_text()).get("group", [])
+        if when in group["when"] and first in group.get("first", [first])
+    ]
+    return {test: group["reason"] for group in groups for test in group["tests"]}
 
 
 @dataclasses.dataclass
