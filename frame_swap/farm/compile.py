@@ -98,6 +98,7 @@ def _compile(request: Request, keep_echo: Callable[[bytes], None], remarks: list
             _constants_pickled_for_real(),
             fake_tensors.compile_context(context),
             fake_tensors.tracing(fake_tensors.TracingContext(fake_mode)),
+            fake_tensors.with_constant_floats(content.constant_floats),
             inductor.backward_before_forward(),
             inductor.serialisable(),
         ):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -13,6 +14,7 @@ from .probe import names_looked_up
 
 with names_looked_up():
     from torch._dynamo.source import TensorPropertySource
+    from torch._dynamo.symbolic_convert import TensorifyState
     from torch._guards import (
         CompileContext,
         CompileId,
@@ -41,6 +43,7 @@ __all__ = [
     "SymNode",
     "TracingContext",
     "compile_context",
+    "constant_floats",
     "described_number",
     "detect_fake_mode",
     "forget_ids",
@@ -48,14 +51,42 @@ __all__ = [
     "is_fake",
     "tracing",
     "unset_fake_temporarily",
+    "with_constant_floats",
 ]
 
 
 def has_symbolic_floats() -> bool:
     """Whether the trace under way has symbols for floats; its graph need not use them."""
+    return bool(_symbolic_floats())
+
+
+def constant_floats() -> tuple[str, ...]:
+    """The symbols of the trace under way whose floats AOTAutograd has had Dynamo make constant, sorted.
+
+    The graph does not tell: it has these floats no more, while its symbolic shapes still have the symbols.
+    """
+    return tuple(sorted(name for name in _symbolic_floats() if TensorifyState.should_specialize(name)))
+
+
+@contextlib.contextmanager
+def with_constant_floats(symbols: Iterable[str]) -> Iterator[None]:
+    """Within the block, AOTAutograd knows that the floats with these `symbols`, and no others, are constant.
+
+    It asks for a capture to be started over where it finds one that it does not know of.
+    """
+    known = TensorifyState.force_specializations
+    TensorifyState.force_specializations = set(symbols)
+    try:
+        yield
+    finally:
+        TensorifyState.force_specializations = known
+
+
+def _symbolic_floats() -> list[str]:
+    """The names of the symbols that the trace under way has for floats."""
     context = TracingContext.try_get()
     env = context.fake_mode.shape_env if context is not None and context.fake_mode is not None else None
-    return env is not None and any(symbol_is_type(symbol, SymT.FLOAT) for symbol in env.backed_var_to_val)
+    return [] if env is None else [str(s) for s in env.backed_var_to_val if symbol_is_type(s, SymT.FLOAT)]
 
 
 class FrameShapes:

@@ -25,7 +25,7 @@ import torch
 from torch.fx import GraphModule
 
 from ..errors import Unshippable, first_line
-from ..internals import inductor
+from ..internals import fake_tensors, inductor
 from ..runtime.identity import this_machine, this_process
 from ..runtime.patching import patched_environment
 from . import graph, operators, triton_kernels
@@ -45,13 +45,18 @@ class Parcel(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What is compiled. State and definitions must be in force before the graph is unpickled."""
+    """What is compiled. State and definitions must be in force before the graph is unpickled.
+
+    Attributes:
+        constant_floats: symbols of the graph's shapes whose floats Dynamo has made constant.
+    """
 
     graph: bytes
     state: ProcessState
     options: dict[str, Any]
     definitions: Definitions | None
     kernels: Kernels | None
+    constant_floats: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +132,8 @@ def pack(
         bare = graph.bare_copy(gm, inputs, with_lines=with_lines)
         kernels = triton_kernels.detach(bare)
         packed = graph.pack(bare, inputs)
-        content = Content(packed, state, dict(sorted(options.items())), definitions, kernels)
+        floats = fake_tensors.constant_floats()
+        content = Content(packed, state, dict(sorted(options.items())), definitions, kernels, floats)
         return Parcel(_stable_pickle(content), pickle.dumps(Envelope.capture(audience, compile_id)), state)
     except Unshippable:
         raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -105,6 +107,19 @@ def test_floats_that_change_take_the_pair_and_are_specialised_where_they_must_be
     assert used
     assert {region.state for region in used} == {State.INSTALLED}
     assert ("pair", FLOATS) in kinds()
+
+
+def test_a_worker_knows_which_floats_are_constant() -> None:
+    """Dynamo makes a float constant that an operator takes no tensor for; the symbol stays among the shapes."""
+    # A new process for each compile: one that has met the float would know it.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as executor:
+        frame_swap.configure(executor=executor)
+        compiled = torch.compile(nn.functional.leaky_relu, backend="frame_swap", dynamic=True)
+        x = torch.randn(3)
+        assert torch.equal(compiled(x, 0.5), nn.functional.leaky_relu(x, 0.5))
+        frame_swap.wait()
+        frame_swap.configure(executor=None)
+    assert [r.state for r in frame_swap.report().regions] == [State.STALE, State.INSTALLED]
 
 
 def test_inputs_that_share_memory_take_the_pair_whose_guard_tells_other_overlaps() -> None:
