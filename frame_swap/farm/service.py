@@ -112,8 +112,12 @@ class Service:
         self._stopped = False
 
     def start(self) -> None:
-        """Start the workers and return at once: they import torch while the program runs on."""
-        needed = settings.current().executor is None and not settings.disabled()
+        """Start the workers and return at once: they import torch while the program runs on.
+
+        With `capture="background"` the first compile starts them: the first calls are not to be slow, either.
+        """
+        now = settings.current()
+        needed = now.executor is None and now.capture != "background" and not settings.disabled()
         # Start none in a child of multiprocessing: a DataLoader's worker only imports the user's module, and while
         # a spawned child imports it, the child must not start processes.
         importing = getattr(multiprocessing.current_process(), "_inheriting", False)

@@ -1,19 +1,21 @@
 """How the program and the workers share the machine. All numbers of this policy are here.
 
 The program comes first. Workers take half of the CPUs at most and run at a lower priority. Nobody spins: neither
-workers, nor the program's threads while workers compile (openmp.py). The thread that loads results gives the GIL
-back early.
+workers, nor the program's threads while workers compile (openmp.py). The threads that capture frames and load
+results give the GIL back early, and let no full garbage collection begin, during which they would hold it.
 
 What was tried besides, with figures, is in docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 NICENESS = 1
 """By how much the priority of workers and their compilers is below the program's. Where they have a core of their
@@ -26,6 +28,12 @@ WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 SWITCH_INTERVAL = 0.0005
 """Seconds until the loader's thread gives the GIL to a thread that wants it. The program's calls want it back after
 each op, and Python's default is 5 ms."""
+
+YOUNG_OBJECTS = 20_000
+"""How many objects more than have died are made before Python looks for garbage among them, while frame-swap
+captures or loads. Python's default is 700: each capture of a small BERT then makes enough short-lived objects look
+old for every second or third to begin a full collection, which holds the GIL for 0.25 to 0.8 s (torch and
+transformers imported). A look at this many takes 5 ms."""
 
 
 def usable_cpus() -> int:
@@ -58,13 +66,16 @@ T = TypeVar("T")
 def run_courteously(call: Callable[[], T]) -> T:
     """Return `call()`, and meanwhile let other threads have the GIL after at most `SWITCH_INTERVAL`.
 
-    Several threads may do so at a time: the first sets the interval, and the last puts it back.
+    Nor does Python begin a full garbage collection by itself: `gc.collect()` does. What is made meanwhile, by all
+    threads, counts as old afterwards, and a full collection is as far away as after one.
+
+    Several threads may do so at a time: the first changes the settings, and the last puts them back.
     """
     global _courteous, _usual
     with _lock:
         if not _courteous:
-            _usual = sys.getswitchinterval()
-            sys.setswitchinterval(min(_usual, SWITCH_INTERVAL))
+            _usual = _Settings.current()
+            _usual.courteous().apply()
         _courteous += 1
     try:
         return call()
@@ -72,17 +83,61 @@ def run_courteously(call: Callable[[], T]) -> T:
         with _lock:
             _courteous -= 1
             if not _courteous:
-                sys.setswitchinterval(_usual)
+                _put_back()
 
 
-_lock, _courteous, _usual = threading.Lock(), 0, 0.0
+class _Settings(NamedTuple):
+    """Settings of the process that decide how long other threads wait for the GIL.
+
+    Attributes:
+        switch_interval: in seconds.
+        thresholds: Python's, of its three generations of objects; (0, 0, 0) is left alone.
+    """
+
+    switch_interval: float
+    thresholds: tuple[int, int, int]
+
+    @classmethod
+    def current(cls) -> _Settings:
+        thresholds = gc.get_threshold() if _HAS_GENERATIONS else (0, 0, 0)
+        return cls(sys.getswitchinterval(), thresholds)
+
+    def courteous(self) -> _Settings:
+        """What they are to be while a thread of frame-swap's traces or loads."""
+        young, middle, old = self.thresholds
+        thresholds = (max(young, YOUNG_OBJECTS), _NEVER, _NEVER) if young else (young, middle, old)
+        return _Settings(min(self.switch_interval, SWITCH_INTERVAL), thresholds)
+
+    def apply(self) -> None:
+        sys.setswitchinterval(self.switch_interval)
+        if self.thresholds[0]:
+            gc.set_threshold(*self.thresholds)
+
+
+# Python 3.14 has no full collections that hold the GIL; a build without GIL has no generations.
+_HAS_GENERATIONS = sys.version_info < (3, 14) and not sysconfig.get_config_var("Py_GIL_DISABLED")
+_NEVER = 1_000_000_000
+
+
+def _put_back() -> None:
+    """Restore the settings, except for those that the program has changed since."""
+    ours, now = _usual.courteous(), _Settings.current()
+    thresholds = _usual.thresholds if now.thresholds == ours.thresholds else now.thresholds
+    _Settings(_usual.switch_interval, thresholds).apply()
+    if thresholds[0] and not gc.get_freeze_count():  # else the program wants its old objects left out
+        gc.freeze()
+        gc.unfreeze()
+
+
+_lock, _courteous = threading.Lock(), 0
+_usual = _Settings.current()
 
 
 def _after_fork_in_child() -> None:
     """The threads that were courteous are not here."""
     global _lock, _courteous
     if _courteous:
-        sys.setswitchinterval(_usual)
+        _put_back()
     _lock, _courteous = threading.Lock(), 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 
@@ -60,3 +61,47 @@ def test_a_courteous_call_sees_a_short_switch_interval_which_ends_with_it() -> N
         machine.run_courteously(fail)
     assert seen == [pytest.approx(min(usual, machine.SWITCH_INTERVAL))]
     assert sys.getswitchinterval() == usual
+
+
+def full_collections() -> int:
+    """How many there are while objects are made, enough to make Python look at all it has."""
+    before = gc.get_stats()[2]["collections"]
+    kept = [[[]] for _ in range(3_000_000)]
+    after = gc.get_stats()[2]["collections"]
+    del kept
+    return int(after - before)
+
+
+has_generations = pytest.mark.skipif(
+    not machine._HAS_GENERATIONS, reason="this Python has no full collections that hold the GIL"
+)
+
+
+@has_generations
+def test_no_full_garbage_collection_begins_in_a_courteous_call() -> None:
+    usual = gc.get_threshold()
+    assert full_collections() > 0
+    assert machine.run_courteously(full_collections) == 0
+    assert full_collections() > 0
+    assert gc.get_threshold() == usual
+
+
+@has_generations
+def test_what_the_program_says_of_garbage_in_a_courteous_call_stays() -> None:
+    usual = gc.get_threshold()
+    try:
+        machine.run_courteously(lambda: gc.set_threshold(500, 5, 5))
+        assert gc.get_threshold() == (500, 5, 5)
+        gc.set_threshold(0)
+        assert machine.run_courteously(gc.get_threshold)[0] == gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*usual)
+
+
+def test_objects_that_the_program_has_frozen_stay_frozen() -> None:
+    gc.freeze()
+    try:
+        machine.run_courteously(lambda: None)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
