@@ -1,7 +1,7 @@
 """The life of a frame, from Dynamo's graph to rewritten code. Everything else in this package serves this file.
 
 1 capture   Dynamo traces the user's frame and hands over its graph
-2 ship      a cleaned copy goes to a compile worker, first thing
+2 ship      a cleaned copy goes to a compile worker, first thing; unless an earlier run has compiled the same
 3 serve     eager code serves the calls meanwhile: Dynamo's graph as it is, or a pair that AOTAutograd traces
 4 hook      the frame's new code calls a trampoline of ours
 5 to 7      compile, load, install: `delivery.py`, later and on other threads
@@ -28,7 +28,7 @@ from .farm.service import service
 from .frames.call_site import CallSite
 from .internals import beside, dynamo, fake_tensors, inductor, probe
 from .region import Event, Record
-from .serving.eager import eager_code
+from .serving.eager import eager_code, why_pair
 from .serving.trampoline import Trampoline
 from .shipping import echo, parcel
 from .shipping.graph import is_repeatable
@@ -80,7 +80,8 @@ def _start(
     beside.checkpoint()
 
     # 2. Ship
-    delivery = job = None
+    delivery = job = kept = None
+    why = why_pair(gm, example_inputs)
     if wished.when == "never":
         record.attempts[0].move(Event.DECLINED, 'when="never"')
     else:
@@ -104,12 +105,17 @@ def _start(
         )
         inductor.prepare_cudagraphs(changes)
         delivery = Delivery(order, record.attempts[0])
-        job = delivery.request(deliver=wished.when != "wait")
+        if wished.when != "manual":
+            kept = delivery.find()
+        if kept is None and not (why is not None and why.needed):  # else Dynamo may start the frame over
+            job = delivery.request(deliver=wished.when != "wait")
 
     # 3. Serve
     try:
-        with echo.muted() if job is not None else contextlib.nullcontext():
-            eager = eager_code(gm, example_inputs, wished.first)
+        with echo.muted() if delivery is not None else contextlib.nullcontext():
+            eager = eager_code(gm, example_inputs, wished.first, why, as_stopgap=kept is None)
+        if delivery is not None and kept is None and job is None:
+            job = delivery.request(deliver=wished.when != "wait")
     except dynamo.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
         record.abandon("Dynamo started the frame over")
         raise
@@ -125,7 +131,9 @@ def _start(
     if frame is not None and "backend_id" in gm.meta:
         whole = dynamo.captured_whole(gm)
         trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline, whole)
-    if wished.when == "wait" and delivery is not None and job is not None:
+    if delivery is not None and kept is not None:
+        delivery.arrived(kept, frame_open=True)
+    elif wished.when == "wait" and delivery is not None and job is not None:
         load.prepare()  # while the worker compiles
         delivery.arrived(job.wait(), frame_open=True)
     return trampoline

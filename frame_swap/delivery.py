@@ -32,6 +32,7 @@ from .checking.profit import Measurement
 from .checking.trial import Trial
 from .checking.verify import Verification
 from .errors import FrameGone, FrameSwapWarning, UnusableArtifact, first_line
+from .farm import kept
 from .farm.protocol import Outcome
 from .farm.queue import Demand
 from .farm.service import Job, service
@@ -95,12 +96,18 @@ class Delivery:
         self._attempt = attempt
         self._sizes = sizes
         self._replaces = replaces
+        self._at = kept.place_of(order.parcel, sizes)
+        self._was_found = False
+
+    def find(self) -> Outcome | None:
+        """The outcome of this compile in an earlier run or another process; None where it has yet to be made."""
+        return kept.find(self._at)
 
     def request(self, *, deliver: bool = True) -> Job:
         """Submit the compile. Its outcome goes to `arrived`; without `deliver` the caller waits for the job."""
         order, calls = self._order, self._order.record.eager_calls
         demand = Demand(lambda: order.record.eager_calls - calls, order.size, awaited=not deliver)
-        job = service.submit(order.parcel, self.arrived if deliver else None, self._sizes, demand)
+        job = service.submit(order.parcel, self.arrived if deliver else None, self._sizes, demand, self._at)
         self._attempt.began(job.cancel)
         return job
 
@@ -117,6 +124,11 @@ class Delivery:
             self._give_up(Event.FAILED, f"its compile failed: {outcome.error}")
             return
         attempt.artifact_bytes = len(outcome.artifact)
+        transient = self._order.parcel.transient
+        self._was_found = outcome.store == "found" and not self._was_found
+        if self._at is not None:
+            kept.uses.note(self._at, record.frame, lambda: record.eager_calls)
+        attempt.store = outcome.store or (f"not kept: {transient}" if transient else "")
 
         # 6. Load
         trampoline: Trampoline | None
@@ -137,34 +149,54 @@ class Delivery:
         start = time.perf_counter()
         try:
             guarded = trampoline.site is not None
-            compiled = load.load(outcome.artifact, order.parcel.state, order.options, guarded=guarded)
+            compiled = kept.uses.take(self._at) if guarded else None
+            if compiled is None:
+                compiled = load.load(outcome.artifact, order.parcel.state, order.options, guarded=guarded)
             attempt.wrappers = compiled.wrappers
             if not order.repeatable:
                 compiled = compiled._replace(repeatable=False)
             relations = pickle.loads(outcome.late_guards)
-            if frame_open:
+            if frame_open and not self._was_found:  # kept code keeps the place that it had: its sizes are its key
                 order.shapes.guard_on(relations)
             condition, attempt.late_guards = condition_of(relations, order.shapes)
             if condition is not None and trampoline.specialiser is None:
                 trampoline.specialiser = Specialiser(order.shapes.sizes, self._specialise, order.limit)
-            offer = Offer(Served.of(attempt, compiled, condition), tuple(self._trials()), self._replaces)
+            awaited = frame_open and not trampoline.is_ahead
+            served = Served.of(attempt, compiled, condition)
+            offer = Offer(served, tuple(self._trials()), self._replaces, awaited=awaited)
             if not frame_open:  # an open frame has no code yet
                 trampoline.prepare(offer)
             return offer
         except guards.Inexpressible as error:
             self._give_up(Event.REJECTED, f"a late guard: {error}")
         except UnusableArtifact as error:
-            self._give_up(Event.REJECTED, str(error))
+            if not self._compile_after_all(error):
+                self._give_up(Event.REJECTED, str(error))
         except FrameGone:
             order.record.abandon()
         except Exception as error:
             if service.stopped:  # imports fail while the interpreter exits, and nobody wants to know
+                return None
+            if self._compile_after_all(error):
                 return None
             log.info("frame-swap: loading %s failed", order.record, exc_info=True)
             self._give_up(Event.FAILED, f"loading its compiled code failed: {type(error).__name__}: {error}")
         finally:
             attempt.load_s = time.perf_counter() - start
         return None
+
+    def _compile_after_all(self, error: Exception) -> bool:
+        """Whether what cannot be loaded came from the store: then it is removed, and compiled here."""
+        if not self._was_found:
+            return False
+        log.warning(
+            "frame-swap: kept code of %s cannot be loaded, and is compiled again: %s", self._order.record, error
+        )
+        assert self._at is not None
+        self._at.store.remove(self._at.key)
+        self._attempt.begin_again()
+        self.request()
+        return True
 
     def _trials(self) -> Iterator[Trial]:
         """What the code has to pass before it is installed."""

@@ -26,6 +26,10 @@ class UnusableFolder(Exception):
     """A folder holds nothing that `python -m frame_swap repro` can repeat; the message says why."""
 
 
+class UnusableArchive(Exception):
+    """A file cannot be brought into a store; the message says why."""
+
+
 class FrameGone(Exception):
     """The frame's code is no longer in Dynamo's cache: code meant for it is stale."""
 

@@ -105,6 +105,11 @@ def _is_folder(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r}: give a folder, or None for the temporary one")
 
 
+def _is_store(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f'{name}={value!r}: give "on", "off" or a folder')
+
+
 def _is_executor(name: str, value: Any) -> None:
     if value is not None and not callable(getattr(value, "submit", None)):
         raise TypeError(
@@ -197,6 +202,21 @@ class Settings:
         300.0,
         """Seconds after which an idle worker ends. The next compile starts it again, which takes seconds.""",
         _is_limit_in("seconds"),
+        float,
+    )
+    store: str = _setting(
+        "on",
+        """Where compiled code is kept for the next run of the program, which then runs it from its first call on.
+        "on": below Inductor's cache folder. "off": nowhere, and nothing is taken from earlier runs. Anything else
+        is a folder. What is in force when a graph is captured counts. `TORCHINDUCTOR_FORCE_DISABLE_CACHES=1` turns
+        it off, too.""",
+        _is_store,
+        str,
+    )
+    store_limit: float = _setting(
+        5.0,
+        """The most gigabytes (10^9 bytes) that the store takes. What was not used for longest is removed first.""",
+        _is_limit_in("gigabytes"),
         float,
     )
     verify: int = _setting(

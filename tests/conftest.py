@@ -46,6 +46,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) ->
     """Start each test without compiled frames and regions, with default settings and seeded random numbers."""
     for variable in ("DISABLE", *(field.name.upper() for field in dataclasses.fields(settings.Settings))):
         monkeypatch.delenv(f"FRAME_SWAP_{variable}", raising=False)
+    monkeypatch.setenv("FRAME_SWAP_STORE", "off")  # a test is to compile what it says
     settings._current = None
     if first := pytestconfig.getoption("--first"):
         monkeypatch.setenv("FRAME_SWAP_FIRST", first)

@@ -59,6 +59,17 @@ _searched: set[tuple[int, int]] = set()
 """Device and inode of folders whose content was checked. Only this user's programs can have added to it since."""
 
 
+def make_own(folder: str) -> None:
+    """Make `folder`, and what is missing on the way there, closed to others; check what is there already.
+
+    Raises:
+        UnsafeFolder: others could put code there.
+        OSError: it cannot be made or read.
+    """
+    _make(folder)
+    check(folder)
+
+
 @contextlib.contextmanager
 def safe_caches() -> Iterator[list[str]]:
     """Within the block, Inductor's and Triton's cache folders are this user's alone.

@@ -35,6 +35,8 @@ class Outcome:
         pid: the worker's process id.
         echo: what the compile left behind besides code, for `echo.replay`; also where it failed.
         remarks: what the user should be warned of besides.
+        store: "found" where nothing was compiled, since the store had the artifact; "kept" where it has it now;
+            else why it has not, or "" where there is no store.
     """
 
     artifact: bytes | None
@@ -47,3 +49,4 @@ class Outcome:
     pid: int
     echo: bytes = b""
     remarks: tuple[str, ...] = ()
+    store: str = ""

@@ -40,8 +40,10 @@ from ..errors import first_line
 from ..runtime import machine
 from ..shipping.parcel import Parcel
 from .compile import compile_graph
+from .kept import Place, uses
 from .local.pool import Pool, busy, kill_all
 from .local.process import Lost, Terms, register_at_exit
+from .once import Once, Wanted
 from .protocol import Outcome, Request
 from .queue import NO_CALLS, Demand
 
@@ -108,20 +110,24 @@ class Service:
         self._lock = threading.RLock()
         self._pool: Pool | None = None
         self._loader: ThreadPoolExecutor | None = None
+        self._once = Once()
         self._prepares_loading = False
         self._stopped = False
 
     def start(self) -> None:
         """Start the workers and return at once: they import torch while the program runs on.
 
-        With `capture="background"` the first compile starts them: the first calls are not to be slow, either.
+        With `capture="background"` the first compile starts them: the first calls are not to be slow, either. So it
+        does where all that the program's last run has used is in the store; that is loaded instead.
         """
         now = settings.current()
-        needed = now.executor is None and now.capture != "background" and not settings.disabled()
         # Start none in a child of multiprocessing: a DataLoader's worker only imports the user's module, and while
         # a spawned child imports it, the child must not start processes.
         importing = getattr(multiprocessing.current_process(), "_inheriting", False)
-        if needed and multiprocessing.parent_process() is None and not importing:
+        if settings.disabled() or multiprocessing.parent_process() is not None or importing:
+            return
+        all_there = uses.load_ahead(self._load_soon)
+        if not all_there and now.executor is None and now.capture != "background":
             with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
                 self._own_pool().start()
 
@@ -140,6 +146,7 @@ class Service:
         deliver: Deliver | None,
         sizes: dict[str, int] | None = None,
         demand: Demand = NO_CALLS,
+        place: Place | None = None,
     ) -> Job:
         """Compile `parcel`.
 
@@ -147,16 +154,23 @@ class Service:
             deliver: gets the outcome; where it is None, the caller takes it from the job.
             sizes: of symbols in shapes, where they are to differ from the traced ones.
             demand: decides which of the waiting compiles comes next. A user's executor has its own order.
+            place: where the result is kept. If another process compiles for it, the job waits for that.
         """
         job = Job(deliver, settings.current().delay)
         request = Request(parcel.content, parcel.envelope, sizes or {}, time.time())
         compile_parcel = functools.partial(compile_graph, request)
-        executor = settings.current().executor
+        executor, patience = settings.current().executor, settings.current().job_timeout
+
+        def start() -> Future[Outcome]:
+            if executor is not None:
+                return executor.submit(compile_parcel)
+            return self._submit_to_pool(compile_parcel, lambda: job.wanted, demand)
+
         try:
-            if executor is None:
-                job._future = self._submit_to_pool(compile_parcel, lambda: job.wanted, demand)
+            if place is None:
+                job._future = start()
             else:
-                job._future = executor.submit(compile_parcel)
+                job._future = self._once.begin(Wanted(*place, parcel.loading, start, lambda: job.wanted, patience))
             if deliver is not None:
                 self._prepare_loading()
         except Exception as error:
@@ -195,6 +209,7 @@ class Service:
 
     def forget(self) -> None:
         """In a forked child: start over, leaving the parent's workers to the parent."""
+        self._once.forget()
         self.__init__()  # type: ignore[misc]
 
     def _submit_to_pool(

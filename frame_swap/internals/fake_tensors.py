@@ -109,9 +109,14 @@ class FrameShapes:
                     self.symbols.setdefault(value.node.expr, at)
 
     def guard_on(self, relations: Iterable[sympy.Basic]) -> None:
-        """Add `relations` to the frame's own guards. They hold now, and Dynamo is still tracing the frame."""
+        """Add `relations` to the frame's own guards, while Dynamo is still tracing the frame.
+
+        Raises:
+            ValueError: one does not hold of the call that is traced.
+        """
         for relation in relations:
-            self._shape_env.evaluate_expr(relation)
+            if not self._shape_env.evaluate_expr(relation):
+                raise ValueError(f"{relation} does not hold of this call")
 
     def sizes(self, args: Sequence[Any]) -> dict[str, int]:
         """The value of each symbol, by name, in a call with the graph's inputs `args`."""

@@ -31,8 +31,10 @@ with names_looked_up():
 __all__ = [
     "asks_for_cudagraphs",
     "backward_before_forward",
+    "caches_are_off",
     "changed_configs",
     "cpp_code_cache",
+    "cpp_compilers",
     "cpp_library_file",
     "default_cache_name",
     "find_vector_instructions",
@@ -92,6 +94,17 @@ def patch_configs(changes: dict[str, dict[str, Any]]) -> Iterator[None]:
         for name, config in _configs().items():
             stack.enter_context(config.patch(changes.get(name, {})))
         yield
+
+
+def caches_are_off() -> bool:
+    """Whether the program wants nothing of earlier runs: `TORCHINDUCTOR_FORCE_DISABLE_CACHES`, or its setting."""
+    return bool(inductor_config.force_disable_caches)
+
+
+def cpp_compilers() -> list[str]:
+    """The C++ compilers that Inductor tries, by name; the first that works is used."""
+    named = inductor_config.cpp.cxx
+    return [name for name in (named if isinstance(named, (list, tuple)) else [named]) if name]
 
 
 def asks_for_cudagraphs(options: dict[str, Any]) -> bool:

@@ -56,6 +56,7 @@ class Attempt:
         self.wrappers: tuple[str, ...] = ()
         self.verified = 0
         self.profit = ""
+        self.store = ""
         self.worker_pid: int | None = None
         self.compile_span: tuple[float, float] | None = None
         self.installed_at: float | None = None
@@ -119,6 +120,11 @@ class Attempt:
         self.queue_s, self.compile_s = max(0.0, started - submitted), finished - started
         self.compile_span, self.worker_pid = (started, finished), pid or None
         self._cancel = None  # nothing is left to cancel, and the job holds the artifact
+
+    def begin_again(self) -> None:
+        """What has come is of no use: it is compiled once more."""
+        self.queue_s = self.compile_s = self.artifact_bytes = self.compile_span = None
+        self.store = ""
 
     def forked(self) -> None:
         """This is a forked child: what was under way is the parent's."""

@@ -49,6 +49,7 @@ class Summary:
     wrappers = _OfLatest[tuple[str, ...]](())
     verified = _OfLatest(0)
     profit = _OfLatest("")
+    store = _OfLatest("")
     worker_pid = _OfLatest[int | None](None)
     compile_span = _OfLatest[tuple[float, float] | None](None)
     installed_at = _OfLatest[float | None](None)
@@ -89,7 +90,9 @@ class Compile:
         wrappers: AOTAutograd's wrappers that are still called around the code; most graphs need none.
         verified: how many calls `verify` compared with eager code and found equal.
         profit: what `profit` measured, on both sides; "" where it did not.
-        worker_pid: process id of the worker.
+        store: "found" where an earlier run or another process has compiled it, "kept" where it is in the store for
+            the next; else why it is not, or "" where there is no store.
+        worker_pid: process id of the worker; None where none has compiled it.
         compile_span: when the compile began and ended, in seconds since the epoch.
         installed_at: when its code was in place, in seconds since the epoch.
     """
@@ -106,6 +109,7 @@ class Compile:
     wrappers: tuple[str, ...]
     verified: int
     profit: str
+    store: str
     worker_pid: int | None
     compile_span: tuple[float, float] | None
     installed_at: float | None
@@ -125,8 +129,8 @@ class Region(Summary):
         eager_calls: calls that eager code has served.
         ship_s: seconds spent packing the graph, in the call; None where it was not packed.
         compiles: every compile for it, the oldest first. `queue_s`, `compile_s`, `load_s`, `install_s`,
-            `artifact_bytes`, `wrappers`, `verified`, `profit`, `worker_pid`, `compile_span` and `installed_at` are
-            those of the latest.
+            `artifact_bytes`, `wrappers`, `verified`, `profit`, `store`, `worker_pid`, `compile_span` and
+            `installed_at` are those of the latest.
     """
 
     frame: str

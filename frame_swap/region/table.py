@@ -43,6 +43,8 @@ def rendered(report: Report) -> Group:
     kinds = Counter(region.eager for region in report.regions if region.eager)
     if kinds:
         summary += f"; before the swap: {', '.join(f'{n} on the {kind}' for kind, n in kinds.items())}"
+    if found := sum(region.store == "found" for region in report.regions):
+        summary += f"; {found} from the store"
     waiting = [f"{_short(frame)}: is being captured, and runs as plain Python" for frame in report.capturing]
     lines = [summary, *waiting, *(line for region in report.regions for line in _remarks(region))]
     return Group(table, *(Padding(Text(line), (0, 0, 0, 2)) for line in lines))
@@ -57,6 +59,8 @@ def _remarks(region: Region) -> Iterator[str]:
         yield f"{name}: its eager code is the {region.eager}: {region.eager_reason}"
     if region.late_guards:
         yield f"{name}: late guards: {'; '.join(region.late_guards)}"
+    if region.store.startswith("not kept"):
+        yield f"{name}: its compiled code is {region.store}"
     if region.wrappers:
         yield f"{name}: AOTAutograd's wrappers remain for {', '.join(region.wrappers)}"
 

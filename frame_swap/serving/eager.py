@@ -45,7 +45,14 @@ class WhyPair(NamedTuple):
     needed: bool
 
 
-def eager_code(gm: torch.fx.GraphModule, example_inputs: list[Any], first: First) -> EagerCode:
+def eager_code(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    first: First,
+    why: WhyPair | None,
+    *,
+    as_stopgap: bool = True,
+) -> EagerCode:
     """The eager code for a graph that Dynamo has captured, and still holds the frame of.
 
     A capture in the background takes the graph: AOTAutograd changes `nn.Module` for all threads while it traces.
@@ -53,12 +60,16 @@ def eager_code(gm: torch.fx.GraphModule, example_inputs: list[Any], first: First
 
     Args:
         first: the kind that is wished.
+        why: what `why_pair` says of the graph.
+        as_stopgap: whether compiled code has yet to come. Otherwise this is for the few calls that it cannot serve,
+            and no pair is traced that is not needed.
 
     Raises:
         Exception: the graph needs the pair, and AOTAutograd cannot trace it.
         GivenUp: the graph is better served by the pair, and is captured in the background.
     """
-    why = why_pair(gm, example_inputs)
+    if not as_stopgap and not (why is not None and why.needed):
+        return EagerCode(serve_graph(gm), "graph")
     if beside.is_beside():
         first = "graph"
         if why is not None:

@@ -44,12 +44,14 @@ class Offer(NamedTuple):
         trials: what it has to pass before it is installed, in order.
         replaces: the compile whose calls it serves better; None where it is for calls that no other code serves.
         remark: for the report, once it is installed.
+        awaited: whether the call that captured the frame had to wait for it. Its install may wait for a lock, too.
     """
 
     served: Served
     trials: tuple[Trial, ...] = ()
     replaces: Attempt | None = None
     remark: str = ""
+    awaited: bool = False
 
     @property
     def attempt(self) -> Attempt:

@@ -2,19 +2,19 @@
 
 Guarantees:
 - A call through a trampoline is served: by eager code until compiled code is installed, by compiled code that fits
-  it then, and by eager code again where none fits. It never waits, and raises only what the graph itself raises.
+  it then, and by eager code again where none fits. It never waits (a first call that had code in its capture may
+  let another thread's load end: `Offer.awaited`), and raises only what the graph itself raises.
 - A call whose compiled code raises is made again on eager code, however compiled code was called, unless it may
   have changed something by then. From then on the frame is on eager code for good, with one warning; calls under
-  way in compiled code on other threads end there, or are made again too. Where eager code raises as well, that
-  error is the caller's, and nothing else happens. An error that is no `Exception`, `torch.OutOfMemoryError`, and an
-  error that comes up while a dispatch mode or hooks on saved tensors are active pass as they are.
+  way in compiled code on other threads end there, or are made again too. If eager code raises as well, that error
+  is the caller's, and that is all. An error that is no `Exception`, `torch.OutOfMemoryError`, and one that comes up
+  while a dispatch mode or hooks on saved tensors are active pass as they are.
 - Code on trial serves, if at all, one call at a time; other calls are served as if there was none. A trial ends
   with the call that decides it, on that call's thread: with the code installed, in the next trial, or rejected.
-- Each offer is installed once, in the order of arrival, by the first thread that comes by; others go on meanwhile.
+- Each offer is installed once, in the order of arrival, by the thread that comes first; others go on meanwhile.
 - Code is installed under Dynamo's compile lock: nothing else changes the frame's cache meanwhile, and no fork comes
   in between. A call that finds the lock taken, by a capture, a reset or a load in another thread, leaves the
-  install to a later call. It does the same with the way back to eager code; until then, each call whose compiled
-  code raises is made again.
+  install to a later call. So does the way back to eager code; until then, each call that raises is made again.
 - An interrupt (`KeyboardInterrupt`) is raised when the install that it came into is done. No lock stays taken.
 - Rewritten code names a trampoline only where a call may have to be made again, or while more code is awaited. When
   the code object that names it goes, the trampoline goes, and with it eager code, compiled code and jobs.
@@ -54,7 +54,7 @@ class _Prepared(NamedTuple):
     """What installing an offer puts in place, made ahead of it.
 
     Attributes:
-        offer: which offer.
+        offer: which.
         before, after: what serves calls before and after.
         rewrite: for the frame; None where it cannot be rewritten.
         remark: why not.
@@ -68,7 +68,7 @@ class _Prepared(NamedTuple):
 
 
 class Trampoline:
-    """Serves the calls of one region for as long as the frame does not call compiled code by itself.
+    """Serves the calls of a region for as long as the frame does not call compiled code by itself.
 
     Args:
         record: the region.
@@ -76,10 +76,10 @@ class Trampoline:
         when: the setting of `frame_swap.configure` that holds for this graph.
 
     Attributes:
-        site: where the frame calls this, None where no frame does.
+        site: where the frame calls this; None where none does.
         specialiser: told of each call that no compiled code fits; None while there is no late guard.
-        is_ahead: whether the frame was captured in the background, and no call has come from it: its code may
-            not be in Dynamo's cache yet, and installs wait for that call.
+        is_ahead: whether the frame was captured in the background, and no call has come from it. Its code may not
+            be in Dynamo's cache yet: installs wait for that call.
     """
 
     def __init__(self, record: Record, eager: Callable[..., Any], when: settings.When) -> None:
@@ -99,9 +99,9 @@ class Trampoline:
 
     def __call__(self, *args: Any) -> Any:
         self.is_ahead = False
-        if self._offers:
+        if (offer := next(iter(self._offers), None)) is not None:
             if self._when != "manual":
-                self.install()
+                self.install(wait=offer.awaited)
             if (on_trial := self._on_trial(args)) is not None:
                 return self._call_on_trial(on_trial, args)
         if (served := self._served_for(args)) is not None:

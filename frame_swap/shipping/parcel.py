@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import os
 import pickle
@@ -28,7 +29,7 @@ from ..errors import Unshippable, first_line
 from ..internals import fake_tensors, inductor
 from ..runtime.identity import this_machine, this_process
 from ..runtime.patching import patched_environment
-from . import graph, operators, triton_kernels
+from . import graph, keeping, operators, triton_kernels
 from .checks import check_graph, check_settings
 from .echo import Audience
 from .operators import Definitions
@@ -37,11 +38,22 @@ from .triton_kernels import Kernels
 
 
 class Parcel(NamedTuple):
-    """A graph packed for a worker, and the process state in it, which loading the artifact needs, too."""
+    """A graph packed for a worker, and the process state in it, which loading the artifact needs, too.
+
+    Attributes:
+        digest: of the content: SHA-256, in hexadecimal digits.
+        transient: why an artifact of it must not be kept for another process; "" where it may be.
+    """
 
     content: bytes
     envelope: bytes
     state: ProcessState
+    digest: str = ""
+    transient: str = ""
+
+    def loading(self) -> bytes:
+        """What loading the artifact takes besides, pickled: the process state, and changes of Inductor's config."""
+        return pickle.dumps((self.state, open_content(self.content).options))
 
 
 class Content(NamedTuple):
@@ -49,6 +61,7 @@ class Content(NamedTuple):
 
     Attributes:
         constant_floats: symbols of the graph's shapes whose floats Dynamo has made constant.
+        marks: of settings that are code of the program's. They set contents apart; a worker does not read them.
     """
 
     graph: bytes
@@ -57,6 +70,7 @@ class Content(NamedTuple):
     definitions: Definitions | None
     kernels: Kernels | None
     constant_floats: tuple[str, ...]
+    marks: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +139,23 @@ def pack(
         custom = check_graph(gm)
         inputs = [graph.fake_input(x) for x in example_inputs]
         state = ProcessState.capture({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
-        check_settings(state.configs | {"options": options})
+        settings = state.configs | {"options": dict(sorted(options.items()))}
+        check_settings(settings)
         definitions = operators.definitions(custom) if custom else None
         audience = Audience.capture()
         with_lines = audience.reads_code or inductor.asks_for_cudagraphs(options)
         bare = graph.bare_copy(gm, inputs, with_lines=with_lines)
         kernels = triton_kernels.detach(bare)
         packed = graph.pack(bare, inputs)
-        floats = fake_tensors.constant_floats()
-        content = Content(packed, state, dict(sorted(options.items())), definitions, kernels, floats)
-        return Parcel(_stable_pickle(content), pickle.dumps(Envelope.capture(audience, compile_id)), state)
+        floats, marks = fake_tensors.constant_floats(), keeping.marks(settings)
+        content = _stable_pickle(Content(packed, state, settings["options"], definitions, kernels, floats, marks))
+        return Parcel(
+            content,
+            pickle.dumps(Envelope.capture(audience, compile_id)),
+            state,
+            hashlib.sha256(content).hexdigest(),
+            keeping.why_not(gm, inputs, settings, audience),
+        )
     except Unshippable:
         raise
     except Exception as error:

@@ -1,7 +1,8 @@
 """The commands of `python -m frame_swap`.
 
-`demo` shows the swap as it happens; `repro` repeats a difference that `verify` found. PyTorch is imported after the
-arguments are parsed, so that the help and errors in arguments appear at once.
+`demo` shows the swap as it happens; `repro` repeats a difference that `verify` found; `cache` shows, prunes,
+exports and imports the store. PyTorch is imported after the arguments are parsed, so that the help and errors in
+arguments appear at once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("importing PyTorch ...", flush=True)
     if chosen.command == "repro":
         _repeat(Path(chosen.folder))
+    elif chosen.command == "cache":
+        from . import cache
+
+        cache.run(chosen.what or "show", chosen.file, chosen.limit)
     else:
         from .demo import run
 
@@ -56,6 +61,24 @@ def _parser() -> argparse.ArgumentParser:
         "Code in the folder is run.",
     )
     repro.add_argument("folder", metavar="FOLDER")
+    cache = commands.add_parser(
+        "cache",
+        help="show, prune, export or import the compiled code that is kept for the next run",
+        description="The store of compiled code: below Inductor's cache folder, or where FRAME_SWAP_STORE says.",
+    )
+    cache.set_defaults(file=None, limit=None)
+    what = cache.add_subparsers(dest="what")
+    what.add_parser("show", help="what is kept, and which programs used it (the default)")
+    prune = what.add_parser("prune", help="remove what was not used for longest")
+    prune.add_argument("--limit", type=float, default=0.0, help="gigabytes that may stay (default: none)")
+    export = what.add_parser("export", help="write everything into one file, to be shipped")
+    export.add_argument("file", type=Path, metavar="FILE")
+    bring = what.add_parser(
+        "import",
+        help="take over everything from such a file",
+        description="Programs will run the code in FILE: whoever has made it can do what you can do.",
+    )
+    bring.add_argument("file", type=Path, metavar="FILE")
     return parser
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +31,18 @@ def libraries(operator: dispatcher.OpOverload) -> Iterator[str]:
     """The C++ libraries that may define an operator: all that the program has loaded."""
     if not dispatcher.defined_in_python(operator):
         yield from sorted(torch.ops.loaded_libraries)
+
+
+def digest(library: str) -> str:
+    """The SHA-256 of a C++ library's file."""
+    found = os.stat(library)
+    return _digest(library, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _digest(library: str, size: int, changed: int) -> str:
+    with open(library, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_local(operator: dispatcher.OpOverload) -> bool:

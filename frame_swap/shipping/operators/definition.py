@@ -53,6 +53,7 @@ class Definition:
         identity: all that `torch.library` and the dispatcher know of it.
         modules, libraries: imported and loaded, one after the other, until the operator is here.
         recipe: its definition by value, pickled, for where they do not suffice; or why there is none.
+        built: digests of `libraries`. They set the contents of two programs apart; a worker does not read them.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Definition:
     modules: tuple[str, ...]
     libraries: tuple[str, ...]
     recipe: bytes | str
+    built: tuple[str, ...]
 
     def define(self) -> None:
         """Define this operator in this process, or see that it is defined.
@@ -126,4 +128,6 @@ def _describe(operator: dispatcher.OpOverload, found: dict[str, Definition], wit
         if not (modules or libraries):
             raise Unshippable(f"a custom operator that a worker cannot be given, {name}: {error}") from error
         recipe = str(error)
-    found[name] = Definition(name, identity(operator), modules, libraries, recipe)
+    found[name] = Definition(
+        name, identity(operator), modules, libraries, recipe, tuple(map(by_import.digest, libraries))
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import hashlib
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -63,7 +64,8 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 def _text(value: Any, seen: set[int], read: frozenset[str] = frozenset()) -> str:
     """What a function does, as text: its code, and what that reads of its module and of the scopes around it.
 
-    Of a module, the plain values that the code reads of it; of an object, its class. The rest comes with imports.
+    Of a module, the plain values and functions that the code reads of it; of an object, its class. Of PyTorch and
+    Python's library, names: they are the same in each process. The rest comes with imports.
 
     Args:
         value: a function, or what one reads.
@@ -89,16 +91,34 @@ def _text(value: Any, seen: set[int], read: frozenset[str] = frozenset()) -> str
     elif isinstance(value, dict):
         text = str(sorted((_text(k, seen), _text(v, seen)) for k, v in value.items()))
     elif isinstance(value, types.ModuleType):
-        settings = [(n, vars(value)[n]) for n in sorted(read & set(vars(value)))]
-        text = f"{value.__name__} {[(n, s) for n, s in settings if isinstance(s, PLAIN)]}"
+        parts = [(n, vars(value)[n]) for n in sorted(read & set(vars(value)))]
+        texts = [(n, _text(p, seen, read)) for n, p in parts if isinstance(p, (*PLAIN, types.FunctionType))]
+        text = f"{value.__name__} {texts}"
     else:
-        text = type(value).__qualname__
+        text = _class_text(value if isinstance(value, type) else type(value), seen)
     seen.discard(id(value))
     return text
 
 
+def _class_text(cls: type, seen: set[int]) -> str:
+    """The name of a class, and its methods, those it inherits included."""
+    methods: dict[str, str] = {}
+    for owner in cls.__mro__:
+        for name, method in vars(owner).items() if not _is_given(owner) else ():
+            function = getattr(method, "fget", getattr(method, "__func__", method))
+            if isinstance(function, types.FunctionType):
+                methods.setdefault(name, _text(function, seen))
+    return f"{cls.__qualname__} {sorted(methods.items())}" if methods else cls.__qualname__
+
+
+def _is_given(value: Any) -> bool:
+    """Whether a function or class is PyTorch's or of Python's library."""
+    package = (getattr(value, "__module__", None) or "").partition(".")[0]
+    return package == "torch" or package in sys.stdlib_module_names
+
+
 def _function_text(function: types.FunctionType, seen: set[int]) -> str:
-    if (getattr(function, "__module__", None) or "").partition(".")[0] == "torch":
+    if _is_given(function):
         return function.__qualname__
     code, values = function.__code__, function.__globals__
     read = frozenset(names(code))

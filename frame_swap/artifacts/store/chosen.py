@@ -1,0 +1,47 @@
+"""The store in force, as the setting `store` says."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+
+from ... import settings
+from ...errors import FrameSwapWarning, UnsafeFolder, first_line
+from ...internals import inductor
+from .. import folders
+from .disk import Disk
+from .entry import Store
+
+
+def current() -> Store | None:
+    """The store in force; None where nothing is to be kept."""
+    now = settings.current()
+    if now.store == "off" or inductor.caches_are_off():
+        return None
+    return disk(folder(now.store), now.store_limit * 1e9)
+
+
+def folder(named: str) -> str:
+    """The folder that the setting `store` stands for: below Inductor's cache folder, unless it names one."""
+    if named != "on":
+        return os.path.abspath(named)
+    return os.path.join(os.environ.get(folders.INDUCTOR) or folders.default_cache(), "frame_swap")
+
+
+@functools.lru_cache(maxsize=8)
+def disk(folder: str, limit: float) -> Disk | None:
+    """The store in `folder`; None, and one warning, where others could put code there or it cannot be made."""
+    try:
+        folders.make_own(folder)
+    except (UnsafeFolder, OSError) as error:
+        with contextlib.suppress(Warning):  # a filter may turn it into an error, which must not reach a call
+            warnings.warn(
+                f"frame-swap: nothing is kept for the next run, or taken from an earlier one: the store {folder} "
+                f'cannot be used: {first_line(error)}; set FRAME_SWAP_STORE to a folder of your own, or to "off"',
+                FrameSwapWarning,
+                stacklevel=2,
+            )
+        return None
+    return Disk(folder, limit)

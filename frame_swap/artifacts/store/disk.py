@@ -1,0 +1,250 @@
+"""A store in a folder: one file an artifact.
+
+Guarantees:
+- A reader finds all of an artifact or nothing: files are written beside their place and moved there.
+- What is damaged, cut short, put under another key, another user's, or writable for others, is a miss and a line in
+  the log, and is removed where that can be done. Nothing of it is unpickled.
+- Processes may read, write and evict at once, and be killed at any moment. What a killed one leaves behind is
+  removed later.
+- A claim ends when its process does, however that ends: it is a lock of the kernel's on a file. Where the folder's
+  file system has no locks, or cannot be written to, each process compiles for itself.
+- The folder stays below its limit, but for what was written since the last look. What was not used for longest goes
+  first.
+
+Assumed: the folder was checked (`folders`): only this user can write to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import logging
+import os
+import pickle
+import stat
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ...errors import UnusableArtifact, first_line
+from ..seal import seal, unseal
+from .entry import Entry
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".artifact"
+PROFILE = ".profile"
+_TEMPORARY, _CLAIM, _EVICTION = ".part", ".claim", ".eviction"
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+LEFT_BEHIND = 3600.0
+"""Seconds after which a file that was never moved to its place, or a claim that nobody holds, is litter."""
+
+ROOM = 0.9
+"""To how much of its limit the folder is brought when it is over it."""
+
+LOOK = 0.05
+"""After how much was written, as a part of the limit, a process looks how large the folder has become."""
+
+
+class Kept(NamedTuple):
+    """A file of the store: its key, its size in bytes, and when it was last used, in seconds since the epoch."""
+
+    key: str
+    size: int
+    used: float
+
+
+class DiskClaim:
+    """A lock on the file at `path`, which is open as `descriptor`; of no effect where that is None."""
+
+    def __init__(self, path: str, descriptor: int | None) -> None:
+        self._path, self._descriptor = path, descriptor
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)  # before the lock ends: whoever waits looks whether its file is still there
+            self.forget()
+
+    def forget(self) -> None:
+        """Close the file. A forked child does not unlock it by that: the parent has it open, too."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+class Disk:
+    """A store in `folder`.
+
+    Args:
+        folder: exists, and only this user can write to it.
+        limit: how many bytes it may take.
+    """
+
+    def __init__(self, folder: str, limit: float) -> None:
+        self.folder, self.limit = folder, limit
+        self._unseen = limit  # bytes written since this process last looked: at the first write it does
+        self._numbers = itertools.count()
+
+    def get(self, key: str) -> Entry | None:
+        """What is kept under `key`; None where there is nothing that this process can use."""
+        path = self._path(key)
+        try:
+            data = _read(path)
+            kept, *entry = pickle.loads(unseal(data))
+            if kept != key:
+                raise UnusableArtifact(f"it was kept under {kept}")
+            found = Entry(*entry)
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            log.warning("frame-swap: %s cannot be used, and is compiled again: %s", path, first_line(error))
+            if not isinstance(error, OSError):
+                _remove(path)
+            return None
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            os.utime(path)
+        return found
+
+    def put(self, key: str, entry: Entry) -> str:
+        """Keep `entry` under `key`; returns why it could not be done, or ""."""
+        data = seal(pickle.dumps((key, *entry)))
+        try:
+            self.write(key + SUFFIX, data)
+        except OSError as error:
+            log.info("frame-swap: an artifact is not kept for the next run: %s", first_line(error))
+            return first_line(error)
+        self._unseen += len(data)
+        if self._unseen > LOOK * self.limit:
+            self._unseen = 0
+            self.evict()
+        return ""
+
+    def has(self, key: str) -> bool:
+        """Whether anything is kept under `key`."""
+        return os.path.exists(self._path(key))
+
+    def profile(self, name: str) -> bytes | None:
+        """What `keep_profile` was given last for this name."""
+        try:
+            return _read(os.path.join(self.folder, name + PROFILE))
+        except (OSError, UnusableArtifact):
+            return None
+
+    def keep_profile(self, name: str, profile: bytes) -> None:
+        """Keep the profile of a program, if it can be done."""
+        with contextlib.suppress(OSError):
+            self.write(name + PROFILE, profile)
+
+    def remove(self, key: str) -> None:
+        """Keep nothing under `key`."""
+        _remove(self._path(key))
+
+    def claim(self, key: str) -> DiskClaim | None:
+        """The claim to `key`; None while another process, or another thread of this one, has it."""
+        path = os.path.join(self.folder, key + _CLAIM)
+        try:
+            while True:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                        return DiskClaim(path, descriptor)
+                except BlockingIOError:
+                    os.close(descriptor)
+                    return None
+                except FileNotFoundError:
+                    pass  # whoever had it has removed the file: once more
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                os.close(descriptor)
+        except OSError as error:
+            log.info("frame-swap: other processes may compile the same: %s", first_line(error))
+            return DiskClaim(path, None)
+
+    def kept(self) -> list[Kept]:
+        """All files of the store, that which was not used for longest first."""
+        found = [Kept(name.removesuffix(SUFFIX), s.st_size, s.st_mtime) for name, s in self._files(SUFFIX)]
+        return sorted(found, key=lambda one: one.used)
+
+    def evict(self, limit: float | None = None) -> list[Kept]:
+        """Bring the folder below its limit, or below `limit` bytes; returns what was removed.
+
+        Nothing is done while another process does it.
+        """
+        from filelock import FileLock, Timeout
+
+        removed: list[Kept] = []
+        try:
+            with FileLock(os.path.join(self.folder, _EVICTION), timeout=0, mode=0o600):
+                self._remove_litter()
+                kept = self.kept()
+                size, most = sum(one.size for one in kept), self.limit if limit is None else limit
+                if size > most:
+                    for one in kept:
+                        if size <= ROOM * most:
+                            break
+                        _remove(self._path(one.key))
+                        removed.append(one)
+                        size -= one.size
+        except (OSError, Timeout) as error:
+            log.info("frame-swap: nothing is removed from %s: %s", self.folder, first_line(error))
+        return removed
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file of the folder: beside its place, and then moved there.
+
+        Raises:
+            OSError: it cannot be done.
+        """
+        temporary = os.path.join(self.folder, f"{name}-{os.getpid()}-{next(self._numbers)}{_TEMPORARY}")
+        try:
+            with open(os.open(temporary, _NEW, 0o600), "wb") as file:
+                file.write(data)
+            os.replace(temporary, os.path.join(self.folder, name))
+        except BaseException:
+            _remove(temporary)
+            raise
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self.folder, key + SUFFIX)
+
+    def _files(self, suffix: str) -> Iterator[tuple[str, os.stat_result]]:
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(suffix):
+                    with contextlib.suppress(FileNotFoundError):
+                        yield entry.name, entry.stat(follow_symlinks=False)
+
+    def _remove_litter(self) -> None:
+        end = time.time() - LEFT_BEHIND
+        for name, found in self._files(_TEMPORARY):
+            if found.st_mtime < end:
+                _remove(os.path.join(self.folder, name))
+        for name, found in self._files(_CLAIM):
+            if found.st_mtime < end and (claim := self.claim(name.removesuffix(_CLAIM))) is not None:
+                claim.release()
+
+
+def _read(path: str) -> bytes:
+    """All of a file.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        UnusableArtifact: others may have written it.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise UnusableArtifact("it is not this user's alone")
+        return file.read()
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)

@@ -1,0 +1,204 @@
+"""Of several processes that want one artifact, one compiles it, and the others wait for that one."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from frame_swap.artifacts import folders
+from frame_swap.artifacts.store.disk import Disk
+from frame_swap.artifacts.store.entry import Entry
+from frame_swap.farm.once import Once, Wanted
+from frame_swap.farm.protocol import Outcome
+
+pytestmark = pytest.mark.quick
+
+KEY = 64 * "a"
+COMPILED = Outcome(b"compiled here", b"", "", "", 0.0, 0.0, 0.0, 1)
+WAIT = 100
+Make = Callable[..., Wanted]
+
+HOLDER = """\
+import sys
+from frame_swap.artifacts.store.disk import Disk
+from frame_swap.artifacts.store.entry import Entry
+store = Disk(sys.argv[1], 1e9)
+claim = store.claim(64 * "a")
+print(claim is not None, flush=True)
+if sys.stdin.readline() == "put\\n":
+    store.put(64 * "a", Entry(b"compiled there", b"", b""))
+claim.release()
+"""
+
+
+def is_free(store: Disk) -> bool:
+    """Whether nobody has the claim."""
+    claim = store.claim(KEY)
+    if claim is not None:
+        claim.release()
+    return claim is not None
+
+
+class Compiles:
+    """What would start compiles here: each is a future that the test ends."""
+
+    def __init__(self) -> None:
+        self.begun: list[Future[Outcome]] = []
+
+    def start(self) -> Future[Outcome]:
+        self.begun.append(Future())
+        return self.begun[-1]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Disk:
+    folders.make_own(str(tmp_path / "store"))
+    return Disk(str(tmp_path / "store"), 1e9)
+
+
+@pytest.fixture
+def holder(store: Disk) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the claim."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, store.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def compiles() -> Compiles:
+    return Compiles()
+
+
+@pytest.fixture
+def wanted(store: Disk, compiles: Compiles) -> Make:
+    def make(still: Callable[[], bool] = lambda: True, patience: float = math.inf) -> Wanted:
+        return Wanted(store, KEY, lambda: b"loading", compiles.start, still, patience)
+
+    return make
+
+
+def test_a_result_is_in_the_store_when_it_is_told(store: Disk, compiles: Compiles, wanted: Make) -> None:
+    future = Once().begin(wanted())
+    assert not is_free(store)
+    seen: list[tuple[Entry | None, bool]] = []
+    future.add_done_callback(lambda _: seen.append((store.get(KEY), is_free(store))))
+    compiles.begun[0].set_result(COMPILED)
+    assert future.result(WAIT).store == "kept"
+    assert seen == [(Entry(b"compiled here", b"", b"loading"), True)]
+
+
+def test_what_another_process_compiles_is_waited_for(
+    holder: subprocess.Popen[str], compiles: Compiles, wanted: Make
+) -> None:
+    future = Once().begin(wanted())
+    assert not future.done()
+    assert holder.stdin is not None
+    holder.stdin.write("put\n")
+    holder.stdin.flush()
+    outcome = future.result(WAIT)
+    assert (outcome.artifact, outcome.store) == (b"compiled there", "found")
+    assert compiles.begun == []
+
+
+@pytest.mark.parametrize("how", ["it dies", "its compile fails"])
+def test_a_process_takes_over_where_the_other_does_not_deliver(
+    holder: subprocess.Popen[str], store: Disk, compiles: Compiles, wanted: Make, how: str
+) -> None:
+    once = Once()
+    future = once.begin(wanted())
+    assert compiles.begun == []
+    if how == "it dies":
+        holder.kill()
+    else:
+        assert holder.stdin is not None
+        holder.stdin.write("failed\n")
+        holder.stdin.flush()
+    while not compiles.begun:  # the thread that waits begins it
+        assert not future.done()
+    compiles.begun[0].set_result(COMPILED)
+    assert future.result(WAIT).artifact == b"compiled here"
+    assert store.get(KEY) is not None
+
+
+@pytest.mark.usefixtures("holder")
+def test_nobody_waits_for_ever(compiles: Compiles, wanted: Make) -> None:
+    future = Once().begin(wanted(patience=0.0))
+    assert len(compiles.begun) == 1, "it compiles beside the other"
+    compiles.begun[0].set_result(COMPILED)
+    assert future.result(WAIT).artifact == b"compiled here"
+
+
+@pytest.mark.usefixtures("holder")
+def test_what_nobody_wants_any_more_is_not_waited_for(compiles: Compiles, wanted: Make) -> None:
+    once, still = Once(), [True]
+    future = once.begin(wanted(lambda: still[0]))
+    still.clear()
+    still.append(False)
+    while not future.cancelled():
+        pass
+    while once._thread is not None:
+        pass
+    assert compiles.begun == []
+
+
+def test_a_failure_is_told_and_frees_the_claim(store: Disk, compiles: Compiles, wanted: Make) -> None:
+    once = Once()
+    future = once.begin(wanted())
+    compiles.begun[0].set_exception(ValueError("no"))
+    assert isinstance(future.exception(WAIT), ValueError)
+    assert store.get(KEY) is None
+    again = once.begin(wanted())
+    compiles.begun[1].set_result(Outcome(None, b"", "it failed", "", 0.0, 0.0, 0.0, 1))
+    assert again.result(WAIT).error == "it failed"
+    assert list(Path(store.folder).iterdir()) == []
+
+
+def test_a_compile_that_is_dropped_is_cancelled_or_else_kept(store: Disk, compiles: Compiles, wanted: Make) -> None:
+    once = Once()
+    queued, under_way = once.begin(wanted()), None
+    queued.cancel()
+    assert compiles.begun[0].cancelled()
+    under_way = once.begin(wanted())
+    compiles.begun[1].set_running_or_notify_cancel()
+    under_way.cancel()
+    compiles.begun[1].set_result(COMPILED)
+    assert store.get(KEY) is not None
+    assert is_free(store)
+
+
+def test_the_same_wanted_twice_in_a_process_is_compiled_once(compiles: Compiles, wanted: Make) -> None:
+    once = Once()
+    first, second = once.begin(wanted()), once.begin(wanted())
+    compiles.begun[0].set_result(COMPILED)
+    assert first.result(WAIT).store == "kept"
+    assert second.result(WAIT).store == "found"
+    assert len(compiles.begun) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_compiles_for_itself_once_its_parent_is_done(
+    store: Disk, compiles: Compiles, wanted: Make
+) -> None:
+    once = Once()
+    once.begin(wanted())
+    told, tell = os.pipe()
+    if (child := os.fork()) == 0:
+        once.forget()
+        os.write(tell, b"free" if store.claim(KEY) is not None else b"held")
+        os._exit(0)
+    assert os.read(told, 4) == b"held", "the parent still compiles"
+    os.waitpid(child, 0)
+    compiles.begun[0].set_result(COMPILED)
+    assert is_free(store)

@@ -1,0 +1,94 @@
+"""A second process of a program runs compiled code from its first call on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from frame_swap.artifacts import seal
+from frame_swap.artifacts.store import disk
+
+from .program import PROGRAMS
+
+PROGRAM = Path(__file__).with_name("program.py")
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run the program in a process of its own, with a store that all runs of a test share."""
+
+    def run(name: str, *arguments: str, **environment: str) -> dict[str, Any]:
+        places = {"FRAME_SWAP_STORE": str(tmp_path / "store"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), name, *arguments],
+            env=os.environ | places | environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return told
+
+    return run
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_second_process_runs_what_the_first_has_compiled(run: Run, name: str) -> None:
+    cold, warm = run(name), run(name)
+    assert cold["workers"] > 0
+    assert {region["store"] for region in cold["last"] if region["state"] == "installed"} == {"kept"}
+    used = [region for region in warm["first"] if region["state"] != "stale"]
+    assert {region["state"] for region in used} == {"installed"}
+    assert {region["store"] for region in used} == {"found"}
+    assert warm["workers"] == 0
+    if name != "floats that change":  # what Dynamo has to check of them, AOTAutograd finds out
+        assert warm["traces"] == 0
+    assert warm["results"][0] == warm["results"][1] == cold["results"][1]
+
+
+def test_without_a_store_both_processes_compile(run: Run) -> None:
+    """What the assertions above would see if nothing were kept."""
+    for _ in range(2):
+        told = run("a conditional", FRAME_SWAP_STORE="off")
+        assert told["workers"] > 0
+        assert told["traces"] > 0
+        assert [region["state"] for region in told["first"]] == ["pending"]
+        assert {region["store"] for region in told["last"]} == {""}
+
+
+def test_processes_at_once_compile_each_graph_once(tmp_path: Path) -> None:
+    places = {"FRAME_SWAP_STORE": str(tmp_path / "store"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(PROGRAM), "graph breaks"]
+    processes = [
+        subprocess.Popen(command, env=os.environ | places, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    told = [json.loads(process.communicate(timeout=240)[0].splitlines()[-1]) for process in processes]
+    stores = [region["store"] for one in told for region in one["last"]]
+    assert stores.count("kept") == 3
+    assert stores.count("found") == 6
+    assert told[0]["results"][1] == told[1]["results"][1] == told[2]["results"][1]
+
+
+def test_kept_code_that_cannot_be_loaded_is_compiled_again(run: Run, tmp_path: Path) -> None:
+    """It is whole and in its place, but its content is of no use: a mistake that no seal can find."""
+    run("opt_in")
+    (file,) = (tmp_path / "store").glob("*.artifact")
+    key = file.name.removesuffix(".artifact")
+    store = disk.Disk(str(tmp_path / "store"), 1e9)
+    entry = store.get(key)
+    assert entry is not None
+    store.put(key, entry._replace(artifact=seal.seal(b"nothing that can be unpickled")))
+    told = run("opt_in")
+    assert [region["store"] for region in told["last"]] == ["kept"]
+    assert [region["state"] for region in told["last"]] == ["installed"]
+    assert [region["store"] for region in run("opt_in")["first"]] == ["found"]
