@@ -10,20 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
-from ..internals import dispatcher, dynamo, eager
+from ..internals import eager
 from .echo import Audience
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Settings by name, by the name of their config."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_KNOWN = frozenset({"torch", "_operator", "operator", "math", "builtins", "numpy"})
-"""Packages whose functions are what they are in each installation that a key describes."""
 
 
-def why_not(gm: GraphModule, inputs: Iterable[Any], settings: Settings, audience: Audience) -> str:
+def why_not(inputs: Iterable[Any], settings: Settings, audience: Audience) -> str:
     """Why the result must not be kept; "" where it may be."""
     if audience.reads_code:
         return "somebody reads graphs or generated code, which come from a compile"
@@ -33,11 +30,8 @@ def why_not(gm: GraphModule, inputs: Iterable[Any], settings: Settings, audience
                 return f"{config} config {name} is code of the program's without a uuid()"
     for value in inputs:
         cls = type(value)
-        if eager.is_traceable_wrapper_subclass(value) and not _is_known(cls.__module__):
+        if eager.is_traceable_wrapper_subclass(value) and cls.__module__.partition(".")[0] != "torch":
             return f"an input is a {cls.__qualname__}, a tensor subclass of the program's, whose code no key holds"
-    for target in _functions(gm):
-        if not _is_known(getattr(target, "__module__", None) or ""):
-            return f"the graph calls {getattr(target, '__qualname__', target)}, whose code no key holds"
     return ""
 
 
@@ -69,17 +63,3 @@ def _uuid(value: Any) -> Any:
     uuid = getattr(value, "uuid", None)
     said = uuid() if callable(uuid) and not isinstance(value, type) else None
     return said if isinstance(said, (str, bytes, int)) else None
-
-
-def _functions(gm: GraphModule) -> Iterator[Any]:
-    """What a graph and the graphs inside it call, except for operators, which a content describes."""
-    for module in gm.modules():
-        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            if node.op != "call_function" or dynamo.wraps_numpy(node.target):
-                continue
-            if not isinstance(node.target, (dispatcher.OpOverload, dispatcher.OpOverloadPacket)):
-                yield node.target
-
-
-def _is_known(module: str) -> bool:
-    return module.partition(".")[0] in _KNOWN

@@ -154,7 +154,7 @@ def pack(
             pickle.dumps(Envelope.capture(audience, compile_id)),
             state,
             hashlib.sha256(content).hexdigest(),
-            keeping.why_not(gm, inputs, settings, audience),
+            keeping.why_not(example_inputs, settings, audience),
         )
     except Unshippable:
         raise

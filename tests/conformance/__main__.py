@@ -36,6 +36,7 @@ class Runs:
         cache: where compiled kernels are kept, from one run to the next.
         results: where outcomes go: the path up to the mode's name.
         first: the setting `first` of frame_swap.
+        store: the setting `store`.
         resume: whether tests that have an outcome there are left out.
     """
 
@@ -49,6 +50,7 @@ class Runs:
         results: str,
         resume: bool,
         first: str,
+        store: str,
     ) -> None:
         self._folder = tree / "test" / "inductor"
         self._files = files
@@ -66,6 +68,7 @@ class Runs:
             "TORCHINDUCTOR_CACHE_DIR": str(cache.resolve()),
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
             "FRAME_SWAP_FIRST": first,
+            "FRAME_SWAP_STORE": store,
             "FRAME_SWAP_WORKERS": "1",  # how much goes on at a time is for `jobs` to say
             "PYTHONWARNINGS": "ignore::DeprecationWarning",
         }
@@ -131,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = list(dict.fromkeys(one.partition("::")[0] for one in sample)) if sample else chosen.file
     selection = "sample" if sample else "selected" if chosen.k else "all"
     results = f"{chosen.results}/torch-{torch.__version__}-{selection}"
-    runs = Runs(tree, files, chosen.k, chosen.jobs, chosen.cache, results, chosen.resume, chosen.first)
+    runs = Runs(
+        tree, files, chosen.k, chosen.jobs, chosen.cache, results, chosen.resume, chosen.first, chosen.store
+    )
 
     print(f"torch {torch.__version__}, {', '.join(files)}; outcomes go to {results}-*.jsonl", flush=True)
     stock = outcomes.read(chosen.stock)
@@ -189,6 +194,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=(*MODES, "stock"),
         default=MODES,
         help="modes, one after the other (default: all)",
+    )
+    parser.add_argument(
+        "--store", default="off", help="a folder for compiled code, which a second run takes (default: %(default)s)"
     )
     parser.add_argument(
         "--first", choices=("graph", "pair"), default="graph", help="the eager code (default: %(default)s)"

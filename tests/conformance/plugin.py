@@ -215,6 +215,7 @@ def _regions() -> dict[str, Any]:
         "foreground": dict(reasons[State.FOREGROUND]),
         "failed": dict(reasons[State.FAILED]),
         "rejected": dict(reasons[State.REJECTED]),
+        "stores": dict(Counter(r.store for r in records() if r.store)),
         "wrappers": dict(Counter(", ".join(r.wrappers) for r in records() if r.state is State.INSTALLED)),
         "twice": dict(+twice.counts) if (twice := sys.modules.get(f"{__package__}.twice")) else {},
     }

@@ -59,9 +59,9 @@ def made_twice() -> Iterator[None]:
     """Within the block, calls of graphs captured with `when="manual"` are made twice and compared."""
     wrap = _TorchDynamoContext.__call__
 
-    def keep_graph(gm: torch.fx.GraphModule, *rest: Any) -> EagerCode:
+    def keep_graph(gm: torch.fx.GraphModule, *rest: Any, **keywords: Any) -> EagerCode:
         graph = copy_of_graph(gm)
-        code = eager_code(gm, *rest)
+        code = eager_code(gm, *rest, **keywords)
 
         def call(*args: Any) -> Any:
             return code.call(*args)

@@ -151,9 +151,9 @@ def demands(monkeypatch: pytest.MonkeyPatch) -> list[Demand]:
     seen = []
     inner = delivery.service.submit
 
-    def submit(parcel: Any, deliver: Any, sizes: Any, demand: Demand) -> service.Job:
+    def submit(parcel: Any, deliver: Any, sizes: Any, demand: Demand, place: Any) -> service.Job:
         seen.append(demand)
-        return inner(parcel, deliver, sizes, demand)
+        return inner(parcel, deliver, sizes, demand, place)
 
     monkeypatch.setattr(delivery.service, "submit", submit)
     return seen

@@ -48,7 +48,7 @@ def test_the_graph_is_shipped_before_eager_code_is_made(monkeypatch: pytest.Monk
     order = []
     submit, eager_code = delivery.service.submit, backend.eager_code
     monkeypatch.setattr(delivery.service, "submit", lambda *a: order.append("ship") or submit(*a))
-    monkeypatch.setattr(backend, "eager_code", lambda *a: order.append("eager") or eager_code(*a))
+    monkeypatch.setattr(backend, "eager_code", lambda *a, **k: order.append("eager") or eager_code(*a, **k))
     torch.compile(f, backend="frame_swap")(torch.randn(4, 4))
     assert order == ["ship", "eager"]
 

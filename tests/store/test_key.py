@@ -1,0 +1,103 @@
+"""The key of an artifact changes with what its compile depends on, and with nothing else.
+
+tests/shipping has what changes the content of a parcel; the digest of that is a part of the key.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from frame_swap.artifacts.store import key
+from frame_swap.shipping.parcel import Parcel
+from frame_swap.shipping.process_state import ProcessState
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> Iterator[None]:
+    """What is looked up once for a process is looked up anew."""
+    key._installation.cache_clear()
+    yield
+    key._installation.cache_clear()
+
+
+@pytest.fixture
+def parcel() -> Parcel:
+    return Parcel(b"content", b"envelope", ProcessState.capture(set()), "digest of the content")
+
+
+def change(monkeypatch: pytest.MonkeyPatch, what: str, tmp_path: Path) -> None:
+    """Change one thing that the key depends on."""
+    changes: dict[str, Callable[[], Any]] = {
+        "torch": lambda: monkeypatch.setattr(torch, "__version__", "2.99"),
+        "torch's build": lambda: monkeypatch.setattr(torch.version, "git_version", "0"),
+        "CUDA": lambda: monkeypatch.setattr(torch.version, "cuda", "99"),
+        "Triton, SymPy or NumPy": lambda: monkeypatch.setattr(key, "_version", lambda name: "99"),
+        "Python": lambda: monkeypatch.setattr(key.sys, "version", "3.99"),
+        "the C library": lambda: monkeypatch.setattr(os, "confstr", lambda name: "glibc 99"),
+        "instructions": lambda: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx99": True}),
+        "frame-swap": lambda: monkeypatch.setattr(key, "_own_code", lambda: "another"),
+        "the compiler": lambda: monkeypatch.setattr(key.inductor, "cpp_compilers", lambda: ["sh"]),
+    }
+    changes[what]()
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["torch", "torch's build", "CUDA", "Triton, SymPy or NumPy", "Python", "the C library", "instructions"]
+    + ["frame-swap", "the compiler"],
+)
+def test_what_compiles_is_part_of_the_key(
+    parcel: Parcel, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = key.key_of(parcel)
+    change(monkeypatch, what, tmp_path)
+    key._installation.cache_clear()
+    assert key.key_of(parcel) != before
+    monkeypatch.undo()
+    key._installation.cache_clear()
+    assert key.key_of(parcel) == before
+
+
+def test_content_and_settled_sizes_are_part_of_the_key(parcel: Parcel) -> None:
+    keys = [key.key_of(parcel), key.key_of(parcel._replace(digest="another"))]
+    keys += [key.key_of(parcel, sizes) for sizes in ({"s0": 7}, {"s0": 8}, {"s1": 7})]
+    assert len(set(keys)) == len(keys)
+    assert key.key_of(parcel, {}) == keys[0]
+
+
+def test_who_asks_is_no_part_of_the_key(parcel: Parcel) -> None:
+    assert key.key_of(parcel._replace(envelope=b"another")) == key.key_of(parcel)
+
+
+def test_a_compiler_that_was_replaced_changes_the_key(
+    parcel: Parcel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text("one")
+    compiler.chmod(0o700)
+    monkeypatch.setattr(key.inductor, "cpp_compilers", lambda: [str(compiler)])
+    before = key.key_of(parcel)
+    compiler.write_text("another")
+    assert key.key_of(parcel) != before
+    compiler.unlink()
+    assert key.key_of(parcel) != before
+
+
+def test_a_change_of_any_file_of_frame_swap_changes_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "frame_swap"
+    (package / "artifacts" / "store").mkdir(parents=True)
+    (package / "backend.py").write_text("x = 1")
+    monkeypatch.setattr(key, "__file__", str(package / "artifacts" / "store" / "key.py"))
+    before = key._own_code()
+    (package / "backend.py").write_text("x = 2")
+    assert key._own_code() != before
