@@ -42,7 +42,15 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+SLOW = ("gpt2", "vit", "inference")
+"""In the names of programs that take what others take, too, and are run with --long."""
+
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.long] if any(word in name for word in SLOW) else []) for name in PROGRAMS
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_second_process_runs_what_the_first_has_compiled(run: Run, name: str) -> None:
     cold, warm = run(name), run(name)
     assert cold["workers"] > 0
