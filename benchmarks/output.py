@@ -19,6 +19,7 @@ COLOURS = {
     "aot_eager": "#c9a227",
     "inductor": "#3b6fb6",
     "upstream_async": "#7fb2e5",
+    "precompile": "#7fb2e5",
     "frame_swap": "#c8102e",
     "graph": "#c8102e",
     "pair": "#e8743b",
