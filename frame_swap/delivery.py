@@ -39,7 +39,7 @@ from .farm.service import Job, service
 from .internals import dynamo, fake_tensors
 from .late_guards.condition import condition_of
 from .late_guards.specialiser import Specialiser
-from .region import Attempt, Event, Purpose, Record
+from .region import Attempt, Event, Purpose, Record, State
 from .serving.plan import Offer, Served
 from .serving.trampoline import Trampoline
 from .shipping import echo
@@ -107,6 +107,9 @@ class Delivery:
         """Submit the compile. Its outcome goes to `arrived`; without `deliver` the caller waits for the job."""
         order, calls = self._order, self._order.record.eager_calls
         demand = Demand(lambda: order.record.eager_calls - calls, order.size, awaited=not deliver)
+        if self._at is not None:
+            attempt = self._attempt
+            kept.uses.asked(self._at, order.parcel, self._sizes or {}, lambda: attempt.state is State.PENDING)
         job = service.submit(order.parcel, self.arrived if deliver else None, self._sizes, demand, self._at)
         self._attempt.began(job.cancel)
         return job
@@ -127,7 +130,7 @@ class Delivery:
         transient = self._order.parcel.transient
         self._was_found = outcome.store == "found" and not self._was_found
         if self._at is not None:
-            kept.uses.note(self._at, record.frame, lambda: record.eager_calls)
+            kept.uses.came(self._at, record.frame, lambda: record.eager_calls)
         attempt.store = outcome.store or (f"not kept: {transient}" if transient else "")
 
         # 6. Load

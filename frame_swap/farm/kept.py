@@ -36,6 +36,10 @@ from .protocol import Outcome
 log = logging.getLogger(__name__)
 
 
+CompileSoon = Callable[["Place", bytes, dict[str, int]], None]
+"""Takes a place, the content of a parcel, and sizes of symbols."""
+
+
 class Place(NamedTuple):
     """Where an artifact is kept: a store, and the key there."""
 
@@ -67,38 +71,48 @@ class Uses:
 
     def __init__(self) -> None:
         self._loaded: dict[str, Compiled] = {}
-        self._used: dict[str, tuple[Store, str, Callable[[], int]]] = {}
-        self._began = False
+        self._used: dict[str, tuple[str, Callable[[], int]]] = {}
+        self._asked: dict[str, tuple[Parcel, dict[str, int], Callable[[], bool]]] = {}
+        self._tells = self._began = False
 
-    def note(self, place: Place, frame: str, calls: Callable[[], int]) -> None:
+    def asked(self, place: Place, parcel: Parcel, sizes: dict[str, int], pending: Callable[[], bool]) -> None:
+        """A compile is asked for whose result will be at `place`; `pending` tells whether it is still to come."""
+        self._tell_at_exit(place.store)
+        self._asked[place.key] = parcel, sizes, pending
+
+    def came(self, place: Place, frame: str, calls: Callable[[], int]) -> None:
         """A region of the user's function `frame` is about to use what is at `place`.
 
         Args:
             calls: how many of its calls eager code has served.
         """
-        if not self._used:
-            profile.program()
-            atexit.register(self._tell, os.getpid())
-        self._used.setdefault(place.key, (place.store, frame, calls))
+        self._tell_at_exit(place.store)
+        self._used.setdefault(place.key, (frame, calls))
+        self._asked.pop(place.key, None)
 
     def take(self, place: Place | None) -> Compiled | None:
         """What was loaded ahead from `place`; None where nothing was."""
         return None if place is None else self._loaded.pop(place.key, None)
 
-    def load_ahead(self, load_soon: Callable[[Callable[[], None]], None]) -> bool:
-        """Load what the last run has used. Whether that was something, and all of it is there.
+    def prepare(self, load_soon: Callable[[Callable[[], None]], None], compile_soon: CompileSoon) -> bool:
+        """Get ready what the last run has used or would have. Whether that was something, and all of it is there.
 
         Args:
             load_soon: has the loader thread call a function.
+            compile_soon: compiles for a place when the program leaves time for it.
         """
         if self._began or (store := chosen.current()) is None:
             return False
         self._began = True
-        used = [use.key for use in profile.read(store)]
-        there = [key for key in used if store.has(key)]
+        last = profile.read(store)
+        there = [use.key for use in last.uses if store.has(use.key)]
         if there:
             load_soon(functools.partial(self._load_all, store, there, settings.current().idle_timeout))
-        return bool(used) and len(there) == len(used)
+        for key in last.unfinished:
+            taken = profile.take_content(store, key)
+            if taken is not None and not store.has(key):
+                compile_soon(Place(store, key), *taken)
+        return bool(last.uses) and len(there) == len(last.uses)
 
     def _load_all(self, store: Store, keys: Sequence[str], patience: float) -> None:
         """Load until the program begins to ask: from then on a load here would hold up one that is asked for."""
@@ -119,13 +133,23 @@ class Uses:
             timer.daemon = True
             timer.start()
 
-    def _tell(self, pid: int) -> None:
+    def _tell_at_exit(self, store: Store) -> None:
+        if not self._tells:
+            self._tells = True
+            profile.program()
+            atexit.register(self._tell, store, os.getpid())
+
+    def _tell(self, store: Store, pid: int) -> None:
         """Leave a profile for the next run."""
         if os.getpid() != pid:
             return
-        store = next(iter(self._used.values()))[0]
-        uses = [profile.Use(key, frame, calls()) for key, (_, frame, calls) in self._used.items()]
-        profile.write(store, uses)
+        unfinished = []
+        for key, (parcel, sizes, pending) in self._asked.items():
+            if pending() and not store.has(key):
+                profile.keep_content(store, key, parcel.content, sizes)
+                unfinished.append(key)
+        uses = [profile.Use(key, frame, calls()) for key, (frame, calls) in self._used.items()]
+        profile.write(store, uses, unfinished)
 
 
 uses = Uses()

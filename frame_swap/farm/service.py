@@ -36,9 +36,10 @@ from typing import Any
 
 from .. import settings
 from ..artifacts import load
+from ..artifacts.store.key import key_of
 from ..errors import first_line
 from ..runtime import machine
-from ..shipping.parcel import Parcel
+from ..shipping.parcel import Parcel, repacked
 from .compile import compile_graph
 from .kept import Place, uses
 from .local.pool import Pool, busy, kill_all
@@ -50,6 +51,9 @@ from .queue import NO_CALLS, Demand
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[Outcome], None]
+
+LEISURE = 10.0
+"""Seconds without a compile after which those of the last run come that were not finished then."""
 
 PATIENCE = 2.0
 """Seconds from the first compile until the import of the modules that loading needs. The import holds the GIL for
@@ -126,10 +130,26 @@ class Service:
         importing = getattr(multiprocessing.current_process(), "_inheriting", False)
         if settings.disabled() or multiprocessing.parent_process() is not None or importing:
             return
-        all_there = uses.load_ahead(self._load_soon)
+        all_there = uses.prepare(self._load_soon, self._compile_at_leisure)
         if not all_there and now.executor is None and now.capture != "background":
             with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
                 self._own_pool().start()
+
+    def _compile_at_leisure(self, place: Place, content: bytes, sizes: dict[str, int]) -> None:
+        """Compile what the last run has not waited for, once no graph of this run is compiled for a while."""
+
+        def begin() -> None:
+            if self.compiling:
+                self._compile_at_leisure(place, content, sizes)
+            elif not self._stopped and settings.current().when != "never":
+                parcel = repacked(content)
+                if key_of(parcel, sizes) == place.key:  # otherwise torch, say, is another one since
+                    self.submit(parcel, None, sizes, place=place)
+
+        timer = threading.Timer(LEISURE, begin)
+        timer.daemon = True
+        with contextlib.suppress(RuntimeError):  # out of threads
+            timer.start()
 
     def make_way(self) -> None:
         """The program is about to compile in the foreground: end workers that have nothing to do.

@@ -162,6 +162,13 @@ def pack(
         raise Unshippable(f"the graph cannot be pickled: {first_line(error)}") from error
 
 
+def repacked(content: bytes) -> Parcel:
+    """The parcel of a content that an earlier run has packed; this process asks for it, and hears nothing of it."""
+    nobody = Audience({}, frozenset(), False, False)
+    state, digest = open_content(content).state, hashlib.sha256(content).hexdigest()
+    return Parcel(content, pickle.dumps(Envelope.capture(nobody, None)), state, digest)
+
+
 def open_content(content: bytes) -> Content:
     """The content of a parcel."""
     opened: Content = pickle.loads(content)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .. import settings
 from ..artifacts.store import archive, chosen, profile
-from ..artifacts.store.disk import PROFILE, Disk
+from ..artifacts.store.disk import RECORD, Disk
 from ..errors import UnusableArchive
 
 
@@ -65,13 +65,13 @@ def show(store: Disk) -> None:
     for title in ("program", "frame", "MB", "last used"):
         table.add_column(title, overflow="fold")
     owned: set[str] = set()
-    for name in sorted(name for name in os.listdir(store.folder) if name.endswith(PROFILE)):
-        program, uses = profile.parse(store.profile(name.removesuffix(PROFILE)))
-        for use in uses:
+    for name in sorted(name for name in os.listdir(store.folder) if name.endswith(RECORD)):
+        found = profile.parse(store.record(name.removesuffix(RECORD)))
+        for use in found.uses:
             if use.key in kept:
                 owned.add(use.key)
                 one = kept[use.key]
-                table.add_row(program, use.frame, f"{one.size / 1e6:.1f}", _moment(one.used))
+                table.add_row(found.program, use.frame, f"{one.size / 1e6:.1f}", _moment(one.used))
     for one in kept.values():
         if one.key not in owned:
             table.add_row("", one.key[:12], f"{one.size / 1e6:.1f}", _moment(one.used))

@@ -60,7 +60,7 @@ def test_folder_and_files_are_closed_to_others(store: Disk) -> None:
     mask = os.umask(0)
     try:
         store.put(KEY, ENTRY)
-        store.keep_profile(KEY, b"{}")
+        store.keep_record(KEY, b"{}")
     finally:
         os.umask(mask)
     assert Path(store.folder).stat().st_mode & 0o777 == 0o700
@@ -367,14 +367,14 @@ def test_a_folder_of_another_user_is_no_store(tmp_path: Path) -> None:
 
 def test_an_archive_brings_artifacts_and_profiles_into_another_store(store: Disk, tmp_path: Path) -> None:
     store.put(KEY, ENTRY)
-    store.keep_profile(OTHER, b"{}")
+    store.keep_record(OTHER, b"{}")
     Path(store.folder, "something.else").write_bytes(b"")
     assert archive.export(store, tmp_path / "kept.tar") == 1
     folders.make_own(str(tmp_path / "there"))
     there = Disk(str(tmp_path / "there"), 1e9)
     assert archive.bring_in(there, tmp_path / "kept.tar") == archive.Brought(1, [])
     assert there.get(KEY) == ENTRY
-    assert there.profile(OTHER) == b"{}"
+    assert there.record(OTHER) == b"{}"
     assert len(list(Path(there.folder).iterdir())) == 2
 
 

@@ -100,3 +100,40 @@ def test_kept_code_that_cannot_be_loaded_is_compiled_again(run: Run, tmp_path: P
     assert [region["store"] for region in told["last"]] == ["kept"]
     assert [region["state"] for region in told["last"]] == ["installed"]
     assert [region["store"] for region in run("opt_in")["first"]] == ["found"]
+
+
+IMPATIENT = """\
+import sys, torch, frame_swap
+from frame_swap.farm import service
+service.LEISURE = 0.01
+f = torch.compile(lambda x: x.sin() * 3, backend="frame_swap")
+if sys.argv[1] == "calls":
+    f(torch.ones(3))
+else:
+    from frame_swap.artifacts.store import chosen
+    while not chosen.current().kept():
+        pass
+print(len(frame_swap.report().regions))
+"""
+
+
+def test_what_a_run_did_not_wait_for_is_compiled_in_the_next_before_it_is_asked_for(tmp_path: Path) -> None:
+    program = tmp_path / "impatient.py"
+    program.write_text(IMPATIENT)
+    places = {"FRAME_SWAP_STORE": str(tmp_path / "store"), "FRAME_SWAP_DELAY": "0"}
+
+    def run(what: str) -> str:
+        done = subprocess.run(
+            [sys.executable, str(program), what],
+            env=os.environ | places,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("calls") == "1\n"
+    assert list((tmp_path / "store").glob("*.artifact")) == [], "it ended long before its compile"
+    assert run("waits") == "0\n", "no graph was captured, and one was compiled"
+    assert len(list((tmp_path / "store").glob("*.artifact"))) == 1

@@ -36,7 +36,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> disk.Disk:
     assert isinstance(filled, disk.Disk)
     for key in (64 * "a", 64 * "b"):
         filled.put(key, entry.Entry(bytes(1_000_000), b"", b""))
-    profile.write(filled, [profile.Use(64 * "a", "step, train.py:12", 7)])
+    profile.write(filled, [profile.Use(64 * "a", "step, train.py:12", 7)], [])
     return filled
 
 

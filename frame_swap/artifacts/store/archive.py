@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from ...errors import UnusableArchive, UnusableArtifact, first_line
 from ..seal import unseal
-from .disk import PROFILE, SUFFIX, Disk
+from .disk import RECORD, SUFFIX, Disk
 
-_NAME = re.compile(rf"[0-9a-f]{{64}}({re.escape(SUFFIX)}|{re.escape(PROFILE)})")
+_NAME = re.compile(rf"[0-9a-f]{{64}}({re.escape(SUFFIX)}|{re.escape(RECORD)})")
 
 
 class Brought(NamedTuple):

@@ -34,7 +34,7 @@ from .entry import Entry
 log = logging.getLogger(__name__)
 
 SUFFIX = ".artifact"
-PROFILE = ".profile"
+RECORD = ".record"
 _TEMPORARY, _CLAIM, _EVICTION = ".part", ".claim", ".eviction"
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -50,7 +50,7 @@ LOOK = 0.05
 
 
 class Kept(NamedTuple):
-    """A file of the store: its key, its size in bytes, and when it was last used, in seconds since the epoch."""
+    """An artifact of the store: its key, its size in bytes, and when it was last used (seconds since the epoch)."""
 
     key: str
     size: int
@@ -128,17 +128,20 @@ class Disk:
         """Whether anything is kept under `key`."""
         return os.path.exists(self._path(key))
 
-    def profile(self, name: str) -> bytes | None:
-        """What `keep_profile` was given last for this name."""
+    def record(self, name: str) -> bytes | None:
+        """What `keep_record` was given last for this name, of hexadecimal digits."""
         try:
-            return _read(os.path.join(self.folder, name + PROFILE))
+            return _read(os.path.join(self.folder, name + RECORD))
         except (OSError, UnusableArtifact):
             return None
 
-    def keep_profile(self, name: str, profile: bytes) -> None:
-        """Keep the profile of a program, if it can be done."""
+    def keep_record(self, name: str, record: bytes) -> None:
+        """Keep something small beside the artifacts, if it can be done; where `record` is empty, nothing."""
+        if not record:
+            _remove(os.path.join(self.folder, name + RECORD))
+            return
         with contextlib.suppress(OSError):
-            self.write(name + PROFILE, profile)
+            self.write(name + RECORD, record)
 
     def remove(self, key: str) -> None:
         """Keep nothing under `key`."""
@@ -168,12 +171,11 @@ class Disk:
             return DiskClaim(path, None)
 
     def kept(self) -> list[Kept]:
-        """All files of the store, that which was not used for longest first."""
-        found = [Kept(name.removesuffix(SUFFIX), s.st_size, s.st_mtime) for name, s in self._files(SUFFIX)]
-        return sorted(found, key=lambda one: one.used)
+        """All artifacts, that which was not used for longest first."""
+        return sorted((_kept(*file) for file in self._files(SUFFIX)), key=lambda one: one.used)
 
     def evict(self, limit: float | None = None) -> list[Kept]:
-        """Bring the folder below its limit, or below `limit` bytes; returns what was removed.
+        """Bring the folder below its limit, or below `limit` bytes; returns which artifacts were removed.
 
         Nothing is done while another process does it.
         """
@@ -183,15 +185,15 @@ class Disk:
         try:
             with FileLock(os.path.join(self.folder, _EVICTION), timeout=0, mode=0o600):
                 self._remove_litter()
-                kept = self.kept()
-                size, most = sum(one.size for one in kept), self.limit if limit is None else limit
-                if size > most:
-                    for one in kept:
-                        if size <= ROOM * most:
-                            break
-                        _remove(self._path(one.key))
-                        removed.append(one)
-                        size -= one.size
+                files = sorted(self._files(SUFFIX, RECORD), key=lambda file: file[1].st_mtime)
+                size, most = sum(s.st_size for _, s in files), self.limit if limit is None else limit
+                for name, found in files if size > most else ():
+                    if size <= ROOM * most:
+                        break
+                    _remove(os.path.join(self.folder, name))
+                    size -= found.st_size
+                    if name.endswith(SUFFIX):
+                        removed.append(_kept(name, found))
         except (OSError, Timeout) as error:
             log.info("frame-swap: nothing is removed from %s: %s", self.folder, first_line(error))
         return removed
@@ -214,10 +216,10 @@ class Disk:
     def _path(self, key: str) -> str:
         return os.path.join(self.folder, key + SUFFIX)
 
-    def _files(self, suffix: str) -> Iterator[tuple[str, os.stat_result]]:
+    def _files(self, *suffixes: str) -> Iterator[tuple[str, os.stat_result]]:
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                if entry.name.endswith(suffix):
+                if entry.name.endswith(suffixes):
                     with contextlib.suppress(FileNotFoundError):
                         yield entry.name, entry.stat(follow_symlinks=False)
 
@@ -229,6 +231,10 @@ class Disk:
         for name, found in self._files(_CLAIM):
             if found.st_mtime < end and (claim := self.claim(name.removesuffix(_CLAIM))) is not None:
                 claim.release()
+
+
+def _kept(name: str, found: os.stat_result) -> Kept:
+    return Kept(name.removesuffix(SUFFIX), found.st_size, found.st_mtime)
 
 
 def _read(path: str) -> bytes:

@@ -41,11 +41,11 @@ class Store(Protocol):
     def has(self, key: str) -> bool:
         """Whether anything is kept under `key`."""
 
-    def profile(self, name: str) -> bytes | None:
-        """What `keep_profile` was given last for this name."""
+    def record(self, name: str) -> bytes | None:
+        """What `keep_record` was given last for this name, of hexadecimal digits."""
 
-    def keep_profile(self, name: str, profile: bytes) -> None:
-        """Keep the profile of a program, if it can be done."""
+    def keep_record(self, name: str, record: bytes) -> None:
+        """Keep something small beside the artifacts, if it can be done; where `record` is empty, nothing."""
 
     def remove(self, key: str) -> None:
         """Keep nothing under `key`: what was there has turned out to be of no use."""

@@ -1,7 +1,8 @@
 """What a program has used of a store, so that its next run can get that ready before it is asked for.
 
-A profile is a small file of JSON beside the artifacts: keys, in the order in which the program came to need them.
-No wrong answer can come from it: what the next run does not ask for is loaded in vain.
+A profile is a record of JSON beside the artifacts: keys, in the order in which the program came to need them, and
+those whose compile the program's end has cut short. The contents of these are records of their own. No wrong answer
+can come from a profile: what the next run does not ask for is loaded, or compiled, in vain.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ..seal import seal, unseal
 from .entry import Store
 
 MOST = 1000
@@ -45,23 +48,54 @@ def program() -> str:
     return os.path.realpath(file) if file else "\0".join(sys.orig_argv[1:])
 
 
-def read(store: Store) -> list[Use]:
-    """What the last run of this program has used, in order; nothing where there was none."""
-    return parse(store.profile(_name()))[1]
+class Profile(NamedTuple):
+    """What a run of a program leaves for the next.
+
+    Attributes:
+        program: as `program` names it.
+        uses: the regions with compiled code, in the order in which it came.
+        unfinished: keys of those that had none yet.
+    """
+
+    program: str
+    uses: list[Use]
+    unfinished: list[str]
 
 
-def write(store: Store, uses: Iterable[Use]) -> None:
-    """Keep what this run has used, for the next."""
-    store.keep_profile(_name(), json.dumps({"program": program(), "uses": list(uses)[:MOST]}).encode())
+def read(store: Store) -> Profile:
+    """What the last run of this program has left; nothing where there was none."""
+    return parse(store.record(_name()))
 
 
-def parse(profile: bytes | None) -> tuple[str, list[Use]]:
-    """The program that a profile is of, and what that has used; ("", []) where it is damaged or there is none."""
+def write(store: Store, uses: Iterable[Use], unfinished: Iterable[str]) -> None:
+    """Leave this for the next run."""
+    profile = {"program": program(), "uses": list(uses)[:MOST], "unfinished": list(unfinished)[:MOST]}
+    store.keep_record(_name(), json.dumps(profile).encode())
+
+
+def parse(record: bytes | None) -> Profile:
+    """A profile as it was kept; empty where it is damaged or there is none."""
     try:
-        read = json.loads(profile or b"{}")
-        return str(read.get("program", "")), [Use(*use) for use in read.get("uses", ())]
+        read = json.loads(record or b"{}")
+        uses = [Use(*use) for use in read.get("uses", ())]
+        return Profile(str(read.get("program", "")), uses, [str(key) for key in read.get("unfinished", ())])
     except (ValueError, TypeError, AttributeError):
-        return "", []
+        return Profile("", [], [])
+
+
+def keep_content(store: Store, key: str, content: bytes, sizes: Mapping[str, int]) -> None:
+    """Keep what is to be compiled for `key`."""
+    store.keep_record(key, seal(pickle.dumps((key, content, dict(sizes)))))
+
+
+def take_content(store: Store, key: str) -> tuple[bytes, dict[str, int]] | None:
+    """What `keep_content` was given, once: the content and the sizes; None where it is not there or damaged."""
+    try:
+        kept, content, sizes = pickle.loads(unseal(store.record(key) or b""))
+    except Exception:  # a pickle that was sealed by another frame-swap
+        kept, content, sizes = "", b"", {}
+    store.keep_record(key, b"")
+    return (content, sizes) if kept == key else None
 
 
 def _name() -> str:
