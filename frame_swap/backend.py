@@ -80,8 +80,9 @@ def _start(
     beside.checkpoint()
 
     # 2. Ship
-    delivery = job = kept = None
+    delivery = found = job = None
     why = why_pair(gm, example_inputs)
+    needs_pair = why is not None and why.needed
     if wished.when == "never":
         record.attempts[0].move(Event.DECLINED, 'when="never"')
     else:
@@ -105,17 +106,14 @@ def _start(
         )
         inductor.prepare_cudagraphs(changes)
         delivery = Delivery(order, record.attempts[0])
-        if wished.when != "manual":
-            kept = delivery.find()
-        if kept is None and not (why is not None and why.needed):  # else Dynamo may start the frame over
+        found = delivery.find() if wished.when != "manual" else None
+        if found is None and not needs_pair:
             job = delivery.request(deliver=wished.when != "wait")
 
     # 3. Serve
     try:
         with echo.muted() if delivery is not None else contextlib.nullcontext():
-            eager = eager_code(gm, example_inputs, wished.first, why, as_stopgap=kept is None)
-        if delivery is not None and kept is None and job is None:
-            job = delivery.request(deliver=wished.when != "wait")
+            eager = eager_code(gm, example_inputs, wished.first, why, compiled=found is not None)
     except dynamo.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
         record.abandon("Dynamo started the frame over")
         raise
@@ -123,6 +121,8 @@ def _start(
         record.attempts[0].cancel_job()
         reason = f"no eager code: {type(error).__name__}: {error}"
         return _compile_in_foreground(record, reason, gm, example_inputs, changes)
+    if delivery is not None and found is None and job is None:  # AOTAutograd's trace could have started it over
+        job = delivery.request(deliver=wished.when != "wait")
 
     # 4. Hook
     record.eager, record.eager_reason = eager.kind, eager.reason
@@ -131,8 +131,8 @@ def _start(
     if frame is not None and "backend_id" in gm.meta:
         whole = dynamo.captured_whole(gm)
         trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline, whole)
-    if delivery is not None and kept is not None:
-        delivery.arrived(kept, frame_open=True)
+    if delivery is not None and found is not None:
+        delivery.arrived(found, frame_open=True)
     elif wished.when == "wait" and delivery is not None and job is not None:
         load.prepare()  # while the worker compiles
         delivery.arrived(job.wait(), frame_open=True)

@@ -32,7 +32,7 @@ from .checking.profit import Measurement
 from .checking.trial import Trial
 from .checking.verify import Verification
 from .errors import FrameGone, FrameSwapWarning, UnusableArtifact, first_line
-from .farm import kept
+from .farm import reuse
 from .farm.protocol import Outcome
 from .farm.queue import Demand
 from .farm.service import Job, service
@@ -96,12 +96,12 @@ class Delivery:
         self._attempt = attempt
         self._sizes = sizes
         self._replaces = replaces
-        self._at = kept.place_of(order.parcel, sizes)
-        self._was_found = False
+        self._at = reuse.place_of(order.parcel, sizes, order.settings)
+        self._from_store = self._made_again = False
 
     def find(self) -> Outcome | None:
         """The outcome of this compile in an earlier run or another process; None where it has yet to be made."""
-        return kept.find(self._at)
+        return reuse.find(self._at)
 
     def request(self, *, deliver: bool = True) -> Job:
         """Submit the compile. Its outcome goes to `arrived`; without `deliver` the caller waits for the job."""
@@ -109,7 +109,7 @@ class Delivery:
         demand = Demand(lambda: order.record.eager_calls - calls, order.size, awaited=not deliver)
         if self._at is not None:
             attempt = self._attempt
-            kept.uses.asked(self._at, order.parcel, self._sizes or {}, lambda: attempt.state is State.PENDING)
+            reuse.uses.asked(self._at, order.parcel, self._sizes or {}, lambda: attempt.state is State.PENDING)
         job = service.submit(order.parcel, self.arrived if deliver else None, self._sizes, demand, self._at)
         self._attempt.began(job.cancel)
         return job
@@ -127,11 +127,11 @@ class Delivery:
             self._give_up(Event.FAILED, f"its compile failed: {outcome.error}")
             return
         attempt.artifact_bytes = len(outcome.artifact)
-        transient = self._order.parcel.transient
-        self._was_found = outcome.store == "found" and not self._was_found
+        reason = self._order.parcel.uncacheable
+        attempt.store = outcome.store or (f"not kept: {reason}" if reason else "")
+        self._from_store = outcome.store == "found"
         if self._at is not None:
-            kept.uses.came(self._at, record.frame, lambda: record.eager_calls)
-        attempt.store = outcome.store or (f"not kept: {transient}" if transient else "")
+            reuse.uses.came(self._at, record.frame, lambda: record.eager_calls)
 
         # 6. Load
         trampoline: Trampoline | None
@@ -152,14 +152,16 @@ class Delivery:
         start = time.perf_counter()
         try:
             guarded = trampoline.site is not None
-            compiled = kept.uses.take(self._at) if guarded else None
+            compiled = reuse.uses.take(self._at) if guarded else None
             if compiled is None:
                 compiled = load.load(outcome.artifact, order.parcel.state, order.options, guarded=guarded)
             attempt.wrappers = compiled.wrappers
             if not order.repeatable:
                 compiled = compiled._replace(repeatable=False)
             relations = pickle.loads(outcome.late_guards)
-            if frame_open and not self._was_found:  # kept code keeps the place that it had: its sizes are its key
+            # Late guards of code from the store stay late: as guards of the frame they would make Dynamo capture it
+            # anew for other sizes, which the store has as further code of this region.
+            if frame_open and not self._from_store:
                 order.shapes.guard_on(relations)
             condition, attempt.late_guards = condition_of(relations, order.shapes)
             if condition is not None and trampoline.specialiser is None:
@@ -173,14 +175,14 @@ class Delivery:
         except guards.Inexpressible as error:
             self._give_up(Event.REJECTED, f"a late guard: {error}")
         except UnusableArtifact as error:
-            if not self._compile_after_all(error):
+            if not self._make_again(error, frame_open):
                 self._give_up(Event.REJECTED, str(error))
         except FrameGone:
             order.record.abandon()
         except Exception as error:
             if service.stopped:  # imports fail while the interpreter exits, and nobody wants to know
                 return None
-            if self._compile_after_all(error):
+            if self._make_again(error, frame_open):
                 return None
             log.info("frame-swap: loading %s failed", order.record, exc_info=True)
             self._give_up(Event.FAILED, f"loading its compiled code failed: {type(error).__name__}: {error}")
@@ -188,17 +190,18 @@ class Delivery:
             attempt.load_s = time.perf_counter() - start
         return None
 
-    def _compile_after_all(self, error: Exception) -> bool:
-        """Whether what cannot be loaded came from the store: then it is removed, and compiled here."""
-        if not self._was_found:
+    def _make_again(self, error: Exception, frame_open: bool) -> bool:
+        """Whether what cannot be loaded came from the store: then it is removed there, and compiled once more."""
+        if not self._from_store or self._made_again or self._at is None:
             return False
-        log.warning(
-            "frame-swap: kept code of %s cannot be loaded, and is compiled again: %s", self._order.record, error
-        )
-        assert self._at is not None
+        self._made_again = True
+        log.warning("frame-swap: %s cannot be loaded, and is compiled again: %s", self._at.key, first_line(error))
         self._at.store.remove(self._at.key)
         self._attempt.begin_again()
-        self.request()
+        waits = frame_open and self._order.settings.when == "wait"
+        job = self.request(deliver=not waits)
+        if waits:
+            self.arrived(job.wait(), frame_open=True)
         return True
 
     def _trials(self) -> Iterator[Trial]:

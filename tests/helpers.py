@@ -9,6 +9,7 @@ through_swap(doubles, device=device)
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -43,6 +44,14 @@ class Subject(NamedTuple):
     inputs: Sequence[Callable[[], tuple[Any, ...]]]
     module: nn.Module | None = None
     tolerance: dict[str, float] = {}  # noqa: RUF012 - a default that nobody changes
+
+
+def until(condition: Callable[[], bool], timeout: float = 100.0) -> None:
+    """Return once `condition` holds; fail where it has not after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it has not come about"
+        time.sleep(0.001)
 
 
 Make = Callable[[Wrap], Subject]

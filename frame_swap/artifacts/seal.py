@@ -73,5 +73,22 @@ def unseal(artifact: bytes) -> memoryview:
     return content
 
 
+def seal_for(key: str, content: bytes) -> bytes:
+    """`content` behind a header, for a place that is known by `key`."""
+    return seal(key.encode() + content)
+
+
+def unseal_for(key: str, sealed: bytes) -> memoryview:
+    """The content that `seal_for` was given. Nothing of it has been interpreted.
+
+    Raises:
+        UnusableArtifact: as `unseal`; or it was sealed for another key.
+    """
+    content, prefix = unseal(sealed), key.encode()
+    if content[: len(prefix)] != prefix:
+        raise UnusableArtifact(f"its artifact was made for another place; {_NEXT_RUN}")
+    return content[len(prefix) :]
+
+
 _NEXT_RUN = "the next run compiles it again"
 _COMPILE_HERE = "compile on this machine with this installation, as frame_swap.configure(executor=None) does"

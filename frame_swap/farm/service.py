@@ -36,24 +36,23 @@ from typing import Any
 
 from .. import settings
 from ..artifacts import load
-from ..artifacts.store.key import key_of
 from ..errors import first_line
 from ..runtime import machine
-from ..shipping.parcel import Parcel, repacked
+from ..shipping.parcel import Parcel
 from .compile import compile_graph
-from .kept import Place, uses
 from .local.pool import Pool, busy, kill_all
 from .local.process import Lost, Terms, register_at_exit
-from .once import Once, Wanted
 from .protocol import Outcome, Request
 from .queue import NO_CALLS, Demand
+from .reuse import Place, uses
+from .single_flight import SingleFlight, Wanted
 
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[Outcome], None]
 
 LEISURE = 10.0
-"""Seconds without a compile after which those of the last run come that were not finished then."""
+"""Seconds in which no compile was asked for or under way: then one comes that the last run has not waited for."""
 
 PATIENCE = 2.0
 """Seconds from the first compile until the import of the modules that loading needs. The import holds the GIL for
@@ -114,15 +113,16 @@ class Service:
         self._lock = threading.RLock()
         self._pool: Pool | None = None
         self._loader: ThreadPoolExecutor | None = None
-        self._once = Once()
+        self._flight = SingleFlight()
+        self._asked = 0
         self._prepares_loading = False
         self._stopped = False
 
     def start(self) -> None:
         """Start the workers and return at once: they import torch while the program runs on.
 
-        With `capture="background"` the first compile starts them: the first calls are not to be slow, either. So it
-        does where all that the program's last run has used is in the store; that is loaded instead.
+        The first compile starts them instead where `capture="background"` is to keep the first calls fast, and
+        where the store has all that the program's last run has used: that is loaded ahead.
         """
         now = settings.current()
         # Start none in a child of multiprocessing: a DataLoader's worker only imports the user's module, and while
@@ -130,21 +130,25 @@ class Service:
         importing = getattr(multiprocessing.current_process(), "_inheriting", False)
         if settings.disabled() or multiprocessing.parent_process() is not None or importing:
             return
-        all_there = uses.prepare(self._load_soon, self._compile_at_leisure)
+        all_there = uses.prepare(self._load_soon)
+        if uses.unfinished:
+            self._at_leisure()
         if not all_there and now.executor is None and now.capture != "background":
             with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
                 self._own_pool().start()
 
-    def _compile_at_leisure(self, place: Place, content: bytes, sizes: dict[str, int]) -> None:
-        """Compile what the last run has not waited for, once no graph of this run is compiled for a while."""
+    def _at_leisure(self) -> None:
+        """Once nothing was compiled for a while, compile what the last run has not waited for, one by one."""
+        asked = self._asked
 
         def begin() -> None:
-            if self.compiling:
-                self._compile_at_leisure(place, content, sizes)
-            elif not self._stopped and settings.current().when != "never":
-                parcel = repacked(content)
-                if key_of(parcel, sizes) == place.key:  # otherwise torch, say, is another one since
-                    self.submit(parcel, None, sizes, place=place)
+            if self._stopped or settings.current().when == "never":
+                return
+            if self._asked == asked and not self.compiling and (taken := uses.take_unfinished()) is not None:
+                place, parcel, sizes = taken
+                self.submit(parcel, None, sizes, place=place)
+            if uses.unfinished:
+                self._at_leisure()
 
         timer = threading.Timer(LEISURE, begin)
         timer.daemon = True
@@ -176,6 +180,7 @@ class Service:
             demand: decides which of the waiting compiles comes next. A user's executor has its own order.
             place: where the result is kept. If another process compiles for it, the job waits for that.
         """
+        self._asked += 1
         job = Job(deliver, settings.current().delay)
         request = Request(parcel.content, parcel.envelope, sizes or {}, time.time())
         compile_parcel = functools.partial(compile_graph, request)
@@ -190,7 +195,7 @@ class Service:
             if place is None:
                 job._future = start()
             else:
-                job._future = self._once.begin(Wanted(*place, parcel.loading, start, lambda: job.wanted, patience))
+                job._future = self._flight.begin(Wanted(place, parcel.loading, start, lambda: job.wanted, patience))
             if deliver is not None:
                 self._prepare_loading()
         except Exception as error:
@@ -229,7 +234,7 @@ class Service:
 
     def forget(self) -> None:
         """In a forked child: start over, leaving the parent's workers to the parent."""
-        self._once.forget()
+        self._flight.forget()
         self.__init__()  # type: ignore[misc]
 
     def _submit_to_pool(

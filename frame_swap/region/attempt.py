@@ -122,7 +122,7 @@ class Attempt:
         self._cancel = None  # nothing is left to cancel, and the job holds the artifact
 
     def begin_again(self) -> None:
-        """What has come is of no use: it is compiled once more."""
+        """Forget an outcome that cannot be used: a new compile begins."""
         self.queue_s = self.compile_s = self.artifact_bytes = self.compile_span = None
         self.store = ""
 

@@ -51,7 +51,7 @@ def eager_code(
     first: First,
     why: WhyPair | None,
     *,
-    as_stopgap: bool = True,
+    compiled: bool = False,
 ) -> EagerCode:
     """The eager code for a graph that Dynamo has captured, and still holds the frame of.
 
@@ -61,14 +61,14 @@ def eager_code(
     Args:
         first: the kind that is wished.
         why: what `why_pair` says of the graph.
-        as_stopgap: whether compiled code has yet to come. Otherwise this is for the few calls that it cannot serve,
-            and no pair is traced that is not needed.
+        compiled: whether compiled code is there already. Then this is for the few calls that it cannot serve, and
+            no pair is traced that is not needed.
 
     Raises:
         Exception: the graph needs the pair, and AOTAutograd cannot trace it.
         GivenUp: the graph is better served by the pair, and is captured in the background.
     """
-    if not as_stopgap and not (why is not None and why.needed):
+    if compiled and not (why is not None and why.needed):
         return EagerCode(serve_graph(gm), "graph")
     if beside.is_beside():
         first = "graph"

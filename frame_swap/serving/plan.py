@@ -59,6 +59,26 @@ class Offer(NamedTuple):
         return self.served.attempt
 
 
+class Offers(list[Offer]):
+    """Offers in the order of arrival: the first is the next to be installed, or on trial.
+
+    Several threads use it at a time. What is called here is one step each, as under the GIL.
+    """
+
+    @property
+    def first(self) -> Offer | None:
+        """None where there is none."""
+        try:
+            return self[0]
+        except IndexError:
+            return None
+
+    def exchange_first(self, offer: Offer, new: Offer) -> None:
+        """`new` takes the place of `offer`, if that is the first."""
+        if self.first is offer:
+            self[0] = new
+
+
 Plan = tuple[Served, ...]
 """In order: the first that fits a call serves it. At most one fits all calls, and comes last."""
 

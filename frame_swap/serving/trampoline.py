@@ -2,12 +2,12 @@
 
 Guarantees:
 - A call through a trampoline is served: by eager code until compiled code is installed, by compiled code that fits
-  it then, and by eager code again where none fits. It never waits (a first call that had code in its capture may
-  let another thread's load end: `Offer.awaited`), and raises only what the graph itself raises.
+  it then, and by eager code again where none fits. It raises only what the graph itself raises. It never waits,
+  but for a first call whose code came in its capture: that waits for Dynamo's compile lock (`Offer.awaited`).
 - A call whose compiled code raises is made again on eager code, however compiled code was called, unless it may
   have changed something by then. From then on the frame is on eager code for good, with one warning; calls under
   way in compiled code on other threads end there, or are made again too. If eager code raises as well, that error
-  is the caller's, and that is all. An error that is no `Exception`, `torch.OutOfMemoryError`, and one that comes up
+  is the caller's. An error that is no `Exception`, `torch.OutOfMemoryError`, and one that comes up
   while a dispatch mode or hooks on saved tensors are active pass as they are.
 - Code on trial serves, if at all, one call at a time; other calls are served as if there was none. A trial ends
   with the call that decides it, on that call's thread: with the code installed, in the next trial, or rejected.
@@ -26,7 +26,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
@@ -43,7 +42,7 @@ from ..internals import aot, dynamo
 from ..late_guards.specialiser import Specialiser
 from ..region import Attempt, Event, Purpose, Record, State
 from ..runtime import locks
-from .plan import Offer, Plan, Served, planned
+from .plan import Offer, Offers, Plan, Served, planned
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class _Prepared(NamedTuple):
     """What installing an offer puts in place, made ahead of it.
 
     Attributes:
-        offer: which.
+        offer: the one that this was made for.
         before, after: what serves calls before and after.
         rewrite: for the frame; None where it cannot be rewritten.
         remark: why not.
@@ -89,7 +88,7 @@ class Trampoline:
         self.specialiser: Specialiser | None = None
         self.is_ahead = False
         self._plan: Plan = ()
-        self._offers: deque[Offer] = deque()  # the first is the next to be installed, or on trial
+        self._offers = Offers()
         self._prepared: _Prepared | None = None
         self._trying = threading.Lock()
         self._when = when
@@ -99,7 +98,7 @@ class Trampoline:
 
     def __call__(self, *args: Any) -> Any:
         self.is_ahead = False
-        if (offer := next(iter(self._offers), None)) is not None:
+        if (offer := self._offers.first) is not None:
             if self._when != "manual":
                 self.install(wait=offer.awaited)
             if (on_trial := self._on_trial(args)) is not None:
@@ -149,7 +148,7 @@ class Trampoline:
         finally:
             del error  # as in `recover`
         outputs = self._call_eager(args)
-        offer = next(iter(self._offers), None)
+        offer = self._offers.first
         if offer is not None and offer.served is served and offer.replaces is not None:
             self._reject_offer(offer, reason)
         else:
@@ -173,7 +172,7 @@ class Trampoline:
 
     def _on_trial(self, args: Sequence[Any]) -> Offer | None:
         """The offer on trial, if a call with `args` could be part of the trial."""
-        offer = next(iter(self._offers), None)
+        offer = self._offers.first
         if offer is None or offer.attempt.state is not State.TRIAL or not offer.served.serves(args):
             return None
         served = self._served_for(args)
@@ -210,7 +209,7 @@ class Trampoline:
             return
         if not trial.verdict:
             remark = "; ".join(filter(None, [offer.remark, trial.remark]))
-            self._replace_first(offer, offer._replace(trials=offer.trials[1:], remark=remark))
+            self._offers.exchange_first(offer, offer._replace(trials=offer.trials[1:], remark=remark))
             offer.attempt.move(Event.PASSED)
             self.install()
         elif offer.replaces is None:
@@ -218,16 +217,12 @@ class Trampoline:
         else:
             self._reject_offer(offer, trial.verdict)
 
-    def _replace_first(self, offer: Offer, new: Offer) -> None:
-        if self._offers and self._offers[0] is offer:
-            self._offers[0] = new
-
     # Offers
 
     @property
     def offered(self) -> bool:
         """Whether compiled code waits to be installed."""
-        offer = next(iter(self._offers), None)
+        offer = self._offers.first
         return offer is not None and offer.attempt.state is State.READY
 
     def prepare(self, offer: Offer) -> None:
@@ -255,9 +250,8 @@ class Trampoline:
                 self._withdraw()
                 self._record.abandon()
         except Exception as error:
-            if self._offers:
-                reason = f"installing failed: {type(error).__name__}: {error}"
-                self._reject_offer(self._offers[0], reason, Event.FAILED)
+            if (offer := self._offers.first) is not None:
+                self._reject_offer(offer, f"installing failed: {type(error).__name__}: {error}", Event.FAILED)
 
     def frame_gone(self) -> None:
         """Drop prepared code, which leads back here past the garbage collector's sight."""
@@ -279,9 +273,8 @@ class Trampoline:
 
     def _install(self) -> None:
         """Install the first offer, or begin its trial. Interrupted and done again, it comes to the same end."""
-        if not self._offers:
+        if (offer := self._offers.first) is None:
             return
-        offer = self._offers[0]
         if offer.attempt.state not in (State.READY, State.TRIAL, State.INSTALLED):
             self._drop(offer)
         elif offer.trials:

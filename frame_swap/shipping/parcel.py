@@ -29,7 +29,7 @@ from ..errors import Unshippable, first_line
 from ..internals import fake_tensors, inductor
 from ..runtime.identity import this_machine, this_process
 from ..runtime.patching import patched_environment
-from . import graph, keeping, operators, triton_kernels
+from . import cacheable, graph, operators, triton_kernels
 from .checks import check_graph, check_settings
 from .echo import Audience
 from .operators import Definitions
@@ -38,22 +38,23 @@ from .triton_kernels import Kernels
 
 
 class Parcel(NamedTuple):
-    """A graph packed for a worker, and the process state in it, which loading the artifact needs, too.
+    """A graph packed for a worker; with the process state and the options in it, which loading needs, too.
 
     Attributes:
         digest: of the content: SHA-256, in hexadecimal digits.
-        transient: why an artifact of it must not be kept for another process; "" where it may be.
+        uncacheable: why an artifact of it must not be kept for another process; "" where it may be.
     """
 
     content: bytes
     envelope: bytes
     state: ProcessState
-    digest: str = ""
-    transient: str = ""
+    options: dict[str, Any]
+    digest: str
+    uncacheable: str = ""
 
     def loading(self) -> bytes:
         """What loading the artifact takes besides, pickled: the process state, and changes of Inductor's config."""
-        return pickle.dumps((self.state, open_content(self.content).options))
+        return pickle.dumps((self.state, self.options))
 
 
 class Content(NamedTuple):
@@ -61,7 +62,7 @@ class Content(NamedTuple):
 
     Attributes:
         constant_floats: symbols of the graph's shapes whose floats Dynamo has made constant.
-        marks: of settings that are code of the program's. They set contents apart; a worker does not read them.
+        custom_uuids: of settings that are code of the program's. For the digest only; a worker does not read them.
     """
 
     graph: bytes
@@ -70,7 +71,7 @@ class Content(NamedTuple):
     definitions: Definitions | None
     kernels: Kernels | None
     constant_floats: tuple[str, ...]
-    marks: tuple[str, ...]
+    custom_uuids: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +148,15 @@ def pack(
         bare = graph.bare_copy(gm, inputs, with_lines=with_lines)
         kernels = triton_kernels.detach(bare)
         packed = graph.pack(bare, inputs)
-        floats, marks = fake_tensors.constant_floats(), keeping.marks(settings)
-        content = _stable_pickle(Content(packed, state, settings["options"], definitions, kernels, floats, marks))
+        floats, uuids = fake_tensors.constant_floats(), cacheable.custom_uuids(settings)
+        content = _stable_pickle(Content(packed, state, settings["options"], definitions, kernels, floats, uuids))
         return Parcel(
             content,
             pickle.dumps(Envelope.capture(audience, compile_id)),
             state,
+            settings["options"],
             hashlib.sha256(content).hexdigest(),
-            keeping.why_not(example_inputs, settings, audience),
+            cacheable.why_not(example_inputs, settings, audience),
         )
     except Unshippable:
         raise
@@ -165,8 +167,8 @@ def pack(
 def repacked(content: bytes) -> Parcel:
     """The parcel of a content that an earlier run has packed; this process asks for it, and hears nothing of it."""
     nobody = Audience({}, frozenset(), False, False)
-    state, digest = open_content(content).state, hashlib.sha256(content).hexdigest()
-    return Parcel(content, pickle.dumps(Envelope.capture(nobody, None)), state, digest)
+    opened, envelope = open_content(content), pickle.dumps(Envelope.capture(nobody, None))
+    return Parcel(content, envelope, opened.state, opened.options, hashlib.sha256(content).hexdigest())
 
 
 def open_content(content: bytes) -> Content:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -11,11 +10,11 @@ from rich.table import Table
 
 from .. import settings
 from ..artifacts.store import archive, chosen, profile
-from ..artifacts.store.disk import RECORD, Disk
+from ..artifacts.store.disk import Disk
 from ..errors import UnusableArchive
 
 
-def run(what: str, file: Path | None, limit: float | None) -> None:
+def run(what: str, file: Path | None, limit: float) -> None:
     """Do what the command says.
 
     Args:
@@ -29,53 +28,65 @@ def run(what: str, file: Path | None, limit: float | None) -> None:
     now = settings.current()
     if now.store == "off":
         raise SystemExit("frame-swap: FRAME_SWAP_STORE=off: there is no store")
-    store = chosen.disk(chosen.folder(now.store), now.store_limit * 1e9)
+    store = chosen.disk(now)
     if store is None:
         raise SystemExit(1)  # a warning has said why
     if what == "prune":
-        removed = store.evict((limit or 0.0) * 1e9)
-        print(f"removed {len(removed)} artifacts, {_megabytes(sum(one.size for one in removed))}")
-    elif what == "export":
-        assert file is not None
-        try:
-            print(f"wrote {archive.export(store, file)} artifacts to {file}")
-        except OSError as error:
-            raise SystemExit(f"frame-swap: {file} cannot be written: {error}") from None
-    elif what == "import":
-        assert file is not None
-        try:
-            brought = archive.bring_in(store, file)
-        except UnusableArchive as error:
-            raise SystemExit(f"frame-swap: {error}") from None
-        print(f"took over {brought.artifacts} artifacts")
-        for reason in sorted(set(brought.refused)):
-            print(f"refused {brought.refused.count(reason)}: {reason}")
+        prune(store, limit)
+    elif what == "export" and file is not None:
+        export(store, file)
+    elif what == "import" and file is not None:
+        import_file(store, file)
     else:
         show(store)
 
 
+def prune(store: Disk, limit: float) -> None:
+    """Remove what was not used for longest, until the store takes `limit` gigabytes at most."""
+    removed = store.evict(max(0.0, limit) * 1e9)
+    print(f"removed {len(removed)} artifacts, {_megabytes(sum(one.size for one in removed))}")
+
+
+def export(store: Disk, file: Path) -> None:
+    """Write all of the store into one file."""
+    try:
+        print(f"wrote {archive.export(store, file)} artifacts to {file}")
+    except OSError as error:
+        raise SystemExit(f"frame-swap: {file} cannot be written: {error}") from None
+
+
+def import_file(store: Disk, file: Path) -> None:
+    """Take over all of such a file."""
+    try:
+        imported = archive.import_archive(store, file)
+    except UnusableArchive as error:
+        raise SystemExit(f"frame-swap: {error}") from None
+    print(f"took over {imported.artifacts} artifacts")
+    for reason in sorted(set(imported.refused)):
+        print(f"refused {imported.refused.count(reason)}: {reason}")
+
+
 def show(store: Disk) -> None:
     """Print the folder, how full it is, and what which program used."""
-    kept = {one.key: one for one in store.kept()}
-    size = sum(one.size for one in kept.values())
-    print(f"{store.folder}: {len(kept)} artifacts, {_megabytes(size)} of {_megabytes(store.limit)}")
-    if not kept:
+    artifacts = {one.key: one for one in store.artifacts()}
+    size = sum(one.size for one in artifacts.values())
+    print(f"{store.folder}: {len(artifacts)} artifacts, {_megabytes(size)} of {_megabytes(store.limit)}")
+    if not artifacts:
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("program", "frame", "MB", "last used"):
         table.add_column(title, overflow="fold")
     owned: set[str] = set()
-    for name in sorted(name for name in os.listdir(store.folder) if name.endswith(RECORD)):
-        found = profile.parse(store.record(name.removesuffix(RECORD)))
-        for use in found.uses:
-            if use.key in kept:
+    for name in store.notes():
+        last = profile.parse(store.note(name))
+        for use in last.uses:
+            if (one := artifacts.get(use.key)) is not None:
                 owned.add(use.key)
-                one = kept[use.key]
-                table.add_row(found.program, use.frame, f"{one.size / 1e6:.1f}", _moment(one.used))
-    for one in kept.values():
+                table.add_row(last.program, use.frame, f"{one.size / 1e6:.1f}", _moment(one.used))
+    for one in artifacts.values():
         if one.key not in owned:
             table.add_row("", one.key[:12], f"{one.size / 1e6:.1f}", _moment(one.used))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _moment(seconds: float) -> str:

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif chosen.command == "cache":
         from . import cache
 
-        cache.run(chosen.what or "show", chosen.file, chosen.limit)
+        cache.run(chosen.what or "show", getattr(chosen, "file", None), getattr(chosen, "limit", 0.0))
     else:
         from .demo import run
 
@@ -66,11 +66,15 @@ def _parser() -> argparse.ArgumentParser:
         help="show, prune, export or import the compiled code that is kept for the next run",
         description="The store of compiled code: below Inductor's cache folder, or where FRAME_SWAP_STORE says.",
     )
-    cache.set_defaults(file=None, limit=None)
     what = cache.add_subparsers(dest="what")
     what.add_parser("show", help="what is kept, and which programs used it (the default)")
     prune = what.add_parser("prune", help="remove what was not used for longest")
-    prune.add_argument("--limit", type=float, default=0.0, help="gigabytes that may stay (default: none)")
+    prune.add_argument(
+        "--limit",
+        type=float,
+        default=0.0,
+        help="gigabytes that may stay (default: %(default)s, which removes everything)",
+    )
     export = what.add_parser("export", help="write everything into one file, to be shipped")
     export.add_argument("file", type=Path, metavar="FILE")
     bring = what.add_parser(

@@ -109,7 +109,7 @@ class Runs:
                 "-p",
                 "no:cacheprovider",
                 "-p",
-                "no:logging",  # its handlers listen to all that PyTorch traces, and nothing would be kept in a store
+                "no:logging",  # its handlers listen to all that PyTorch traces, and a store keeps nothing then
             ]
             # In a process of pytest-xdist's even one at a time: it makes another where a test takes it down.
             command += ["--timeout", str(TIMEOUT), "-n", str(jobs), "--max-worker-restart", "1000"]

@@ -215,7 +215,7 @@ class Walk(RuleBasedStateMachine):
             return call
 
         done: list[bool] = []
-        first = next(iter(self.trampoline._offers), None)
+        first = self.trampoline._offers.first
         names = ("_put_in_place", "_prepare", "_let_go", "_drop")
         for name in names:
             setattr(self.trampoline, name, interrupting(getattr(self.trampoline, name)))

@@ -9,17 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import until
 
-from frame_swap.artifacts import folders
-from frame_swap.artifacts.store import archive, chosen
+from frame_swap.artifacts import folders, seal
 from frame_swap.artifacts.store.disk import LEFT_BEHIND, SUFFIX, Disk, DiskClaim
 from frame_swap.artifacts.store.entry import Entry
-from frame_swap.errors import FrameSwapWarning, UnusableArchive
 
 pytestmark = pytest.mark.quick
 
@@ -51,7 +49,7 @@ def test_what_is_kept_is_found_and_nothing_else(store: Disk) -> None:
     assert store.has(KEY)
     assert store.get(KEY) == ENTRY
     assert store.get(OTHER) is None
-    assert [one.key for one in store.kept()] == [KEY]
+    assert [one.key for one in store.artifacts()] == [KEY]
     store.remove(KEY)
     assert store.get(KEY) is None
 
@@ -60,7 +58,7 @@ def test_folder_and_files_are_closed_to_others(store: Disk) -> None:
     mask = os.umask(0)
     try:
         store.put(KEY, ENTRY)
-        store.keep_record(KEY, b"{}")
+        store.keep_note(KEY, b"{}")
     finally:
         os.umask(mask)
     assert Path(store.folder).stat().st_mode & 0o777 == 0o700
@@ -103,10 +101,17 @@ def test_a_pickle_that_was_not_sealed_is_never_read(store: Disk, tmp_path: Path)
     assert not mark.exists()
 
 
-def test_an_artifact_under_another_key_is_a_miss(store: Disk) -> None:
-    store.put(KEY, ENTRY)
-    file_of(store).rename(file_of(store, OTHER))
+def test_an_artifact_under_another_key_is_a_miss_and_never_read(store: Disk, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    pickled = b"cos\nmkdir\n(V" + os.fsencode(mark) + b"\ntR."
+    file_of(store, OTHER).write_bytes(seal.seal_for(KEY, pickled))
+    file_of(store, OTHER).chmod(0o600)
     assert store.get(OTHER) is None
+    assert not mark.exists()
+    file_of(store).write_bytes(seal.seal_for(KEY, pickled))
+    file_of(store).chmod(0o600)
+    store.get(KEY)
+    assert mark.exists(), "under its own key it is read"
 
 
 def test_a_link_is_a_miss(store: Disk, tmp_path: Path) -> None:
@@ -176,8 +181,7 @@ def test_two_writers_of_which_one_is_killed_leave_one_whole_artifact(store: Disk
         for writer in writers:
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"begins\n"
-        while not store.has(KEY):
-            pass
+        until(lambda: store.has(KEY))
         seen = set()
         for round_ in range(60):
             found = store.get(KEY)
@@ -209,7 +213,7 @@ def test_what_was_not_used_for_longest_goes_first(store: Disk) -> None:
     store.get(keys[9])  # the oldest is used once more
     removed = store.evict(5 * size)
     assert [one.key for one in removed] == [keys[n] for n in (8, 7, 6, 5, 4, 3)]
-    assert {one.key for one in store.kept()} == {keys[n] for n in (0, 1, 2, 9)}
+    assert {one.key for one in store.artifacts()} == {keys[n] for n in (0, 1, 2, 9)}
 
 
 def test_the_folder_stays_below_its_limit(store: Disk) -> None:
@@ -217,8 +221,8 @@ def test_the_folder_stays_below_its_limit(store: Disk) -> None:
     small = Disk(store.folder, 20 * file_of(store, OTHER).stat().st_size)
     for n in range(100):
         small.put(f"{n:064x}", ENTRY)
-        assert sum(one.size for one in small.kept()) <= 1.1 * small.limit
-    assert len(small.kept()) > 10
+        assert sum(one.size for one in small.artifacts()) <= 1.1 * small.limit
+    assert len(small.artifacts()) > 10
 
 
 def test_an_artifact_that_is_evicted_while_it_is_read_is_whole(store: Disk) -> None:
@@ -237,7 +241,7 @@ def test_times_in_the_future_and_the_past_do_no_harm(store: Disk) -> None:
         assert store.get(key) == ENTRY
         os.utime(file_of(store, key), (moment, moment))
     store.evict(1.5 * file_of(store).stat().st_size)
-    assert [one.key for one in store.kept()] == [KEY]
+    assert [one.key for one in store.artifacts()] == [KEY]
 
 
 READER = """\
@@ -265,9 +269,9 @@ def test_a_folder_that_cannot_be_written_to_is_read(store: Disk) -> None:
             if folder.stat().st_uid == 0 and folder != Path("/"):
                 os.chmod(folder, folder.stat().st_mode | 0o055)
     done = subprocess.run([sys.executable, "-c", READER, store.folder], capture_output=True, text=True, timeout=100)
-    found, kept, claimed = done.stdout.splitlines() or [done.stderr] * 3
-    assert (found, claimed) == ("True", "True")
-    assert kept.startswith("PermissionError")
+    found, put, free = done.stdout.splitlines() or [done.stderr] * 3
+    assert (found, free) == ("True", "True")
+    assert put.startswith("PermissionError")
 
 
 # --- Claims ---
@@ -320,8 +324,7 @@ def test_a_claim_ends_with_its_process(store: Disk, claimant: subprocess.Popen[s
 
 
 def test_a_forked_child_does_not_keep_its_parents_claim(store: Disk) -> None:
-    claim = store.claim(KEY)
-    assert claim is not None
+    claim = claimed(store)
     told, tell = os.pipe()
     stay, go = os.pipe()
     if (child := os.fork()) == 0:
@@ -336,73 +339,6 @@ def test_a_forked_child_does_not_keep_its_parents_claim(store: Disk) -> None:
     again.release()
     os.write(go, b"x")
     os.waitpid(child, 0)
-
-
-# --- Which store ---
-
-
-def unsafe(tmp_path: Path, spoil: Callable[[Path], object]) -> str:
-    folder = tmp_path / "unsafe"
-    folder.mkdir(mode=0o700)
-    spoil(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
-def test_a_folder_that_others_can_write_to_is_no_store(tmp_path: Path, mode: int) -> None:
-    folder = unsafe(tmp_path, lambda folder: folder.chmod(mode))
-    with pytest.warns(FrameSwapWarning, match="is writable for others; set FRAME_SWAP_STORE"):
-        assert chosen.disk(folder, 1e9) is None
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away")
-def test_a_folder_of_another_user_is_no_store(tmp_path: Path) -> None:
-    folder = unsafe(tmp_path, lambda folder: os.chown(folder, 12345, -1))
-    with pytest.warns(FrameSwapWarning, match="belongs to user 12345"):
-        assert chosen.disk(folder, 1e9) is None
-
-
-# --- Archives ---
-
-
-def test_an_archive_brings_artifacts_and_profiles_into_another_store(store: Disk, tmp_path: Path) -> None:
-    store.put(KEY, ENTRY)
-    store.keep_record(OTHER, b"{}")
-    Path(store.folder, "something.else").write_bytes(b"")
-    assert archive.export(store, tmp_path / "kept.tar") == 1
-    folders.make_own(str(tmp_path / "there"))
-    there = Disk(str(tmp_path / "there"), 1e9)
-    assert archive.bring_in(there, tmp_path / "kept.tar") == archive.Brought(1, [])
-    assert there.get(KEY) == ENTRY
-    assert there.record(OTHER) == b"{}"
-    assert len(list(Path(there.folder).iterdir())) == 2
-
-
-def test_what_is_damaged_in_an_archive_is_refused(store: Disk, tmp_path: Path) -> None:
-    store.put(KEY, ENTRY)
-    file_of(store).write_bytes(file_of(store).read_bytes()[:-1])
-    archive.export(store, tmp_path / "kept.tar")
-    brought = archive.bring_in(store, tmp_path / "kept.tar")
-    assert brought.artifacts == 0
-    assert len(brought.refused) == 1
-
-
-@pytest.mark.parametrize("name", ["../" + KEY + SUFFIX, "/" + KEY + SUFFIX, KEY, "x" + SUFFIX])
-def test_an_archive_writes_nowhere_else(store: Disk, tmp_path: Path, name: str) -> None:
-    import io
-    import tarfile
-
-    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    with pytest.raises(UnusableArchive, match="which no store has"):
-        archive.bring_in(store, tmp_path / "evil.tar")
-    assert list(Path(store.folder).iterdir()) == []
-
-
-def test_no_archive_is_an_error_that_says_so(store: Disk, tmp_path: Path) -> None:
-    (tmp_path / "no.tar").write_bytes(b"nothing")
-    with pytest.raises(UnusableArchive, match="cannot be brought in"):
-        archive.bring_in(store, tmp_path / "no.tar")
 
 
 def test_misses_are_told_to_the_log_alone(store: Disk, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,40 +29,44 @@ def nothing_known() -> Iterator[None]:
 
 @pytest.fixture
 def parcel() -> Parcel:
-    return Parcel(b"content", b"envelope", ProcessState.capture(set()), "digest of the content")
+    return Parcel(b"content", b"envelope", ProcessState.capture(set()), {}, "digest of the content")
 
 
-def change(monkeypatch: pytest.MonkeyPatch, what: str, tmp_path: Path) -> None:
-    """Change one thing that the key depends on."""
-    changes: dict[str, Callable[[], Any]] = {
-        "torch": lambda: monkeypatch.setattr(torch, "__version__", "2.99"),
-        "torch's build": lambda: monkeypatch.setattr(torch.version, "git_version", "0"),
-        "CUDA": lambda: monkeypatch.setattr(torch.version, "cuda", "99"),
-        "Triton, SymPy or NumPy": lambda: monkeypatch.setattr(key, "_version", lambda name: "99"),
-        "Python": lambda: monkeypatch.setattr(key.sys, "version", "3.99"),
-        "the C library": lambda: monkeypatch.setattr(os, "confstr", lambda name: "glibc 99"),
-        "instructions": lambda: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx99": True}),
-        "frame-swap": lambda: monkeypatch.setattr(key, "_own_code", lambda: "another"),
-        "the compiler": lambda: monkeypatch.setattr(key.inductor, "cpp_compilers", lambda: ["sh"]),
-    }
-    changes[what]()
+Change = Callable[[pytest.MonkeyPatch], None]
+CHANGES: dict[str, Change] = {
+    "torch": lambda patch: patch.setattr(torch, "__version__", "2.99"),
+    "torch's build": lambda patch: patch.setattr(torch.version, "git_version", "0"),
+    "CUDA": lambda patch: patch.setattr(torch.version, "cuda", "99"),
+    "Triton, SymPy or NumPy": lambda patch: patch.setattr(key, "_version", lambda name: "99"),
+    "Python": lambda patch: patch.setattr(key.sys, "version", "3.99"),
+    "the C library": lambda patch: patch.setattr(os, "confstr", lambda name: "glibc 99"),
+    "instructions": lambda patch: patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx99": True}),
+    "frame-swap": lambda patch: patch.setattr(key, "_own_code", lambda: "another"),
+    "the compiler": lambda patch: patch.setattr(key.inductor, "cpp_compilers", lambda: ["sh"]),
+}
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["torch", "torch's build", "CUDA", "Triton, SymPy or NumPy", "Python", "the C library", "instructions"]
-    + ["frame-swap", "the compiler"],
-)
-def test_what_compiles_is_part_of_the_key(
-    parcel: Parcel, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_compiles_is_part_of_the_key(parcel: Parcel, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key.key_of(parcel)
-    change(monkeypatch, what, tmp_path)
+    CHANGES[what](monkeypatch)
     key._installation.cache_clear()
     assert key.key_of(parcel) != before
     monkeypatch.undo()
     key._installation.cache_clear()
     assert key.key_of(parcel) == before
+
+
+def test_the_gpu_is_part_of_the_key_where_an_input_is_on_one(
+    parcel: Parcel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key, "_gpu", lambda: ["one", 9, 0, 132])
+    on_cpu = key.key_of(parcel)
+    of_gpu = parcel._replace(state=ProcessState.capture({"cuda"}))
+    on_gpu = key.key_of(of_gpu)
+    monkeypatch.setattr(key, "_gpu", lambda: ["another", 8, 0, 108])
+    assert key.key_of(parcel) == on_cpu
+    assert key.key_of(of_gpu) != on_gpu
 
 
 def test_content_and_settled_sizes_are_part_of_the_key(parcel: Parcel) -> None:

@@ -111,7 +111,7 @@ if sys.argv[1] == "calls":
     f(torch.ones(3))
 else:
     from frame_swap.artifacts.store import chosen
-    while not chosen.current().kept():
+    while not chosen.store(frame_swap.settings.current()).artifacts():
         pass
 print(len(frame_swap.report().regions))
 """

@@ -32,7 +32,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> disk.Disk:
     """The store of the commands, with two artifacts, of which one program has used one."""
     folder = str(tmp_path / "store")
     monkeypatch.setenv("FRAME_SWAP_STORE", folder)
-    filled = chosen.disk(folder, 1e9)
+    filled = chosen.in_folder(folder, 1e9)
     assert isinstance(filled, disk.Disk)
     for key in (64 * "a", 64 * "b"):
         filled.put(key, entry.Entry(bytes(1_000_000), b"", b""))
@@ -54,7 +54,7 @@ def test_the_cache_is_pruned(store: disk.Disk, capsys: pytest.CaptureFixture[str
     command_line.main(["cache", "prune", "--limit", "0.0015"])
     assert "removed 1 artifacts, 1.0 MB" in capsys.readouterr().out
     command_line.main(["cache", "prune"])
-    assert store.kept() == []
+    assert store.artifacts() == []
     command_line.main(["cache"])
     assert "0 artifacts" in capsys.readouterr().out
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from ...errors import UnusableArchive, UnusableArtifact, first_line
 from ..seal import unseal
-from .disk import RECORD, SUFFIX, Disk
+from .disk import NOTE, SUFFIX, Disk
 
-_NAME = re.compile(rf"[0-9a-f]{{64}}({re.escape(SUFFIX)}|{re.escape(RECORD)})")
+_NAME = re.compile(rf"[0-9a-f]{{64}}({re.escape(SUFFIX)}|{re.escape(NOTE)})")
 
 
-class Brought(NamedTuple):
+class Imported(NamedTuple):
     """How many artifacts an archive had, and why some of them are of no use here."""
 
     artifacts: int
@@ -46,7 +46,7 @@ def export(store: Disk, file: Path) -> int:
     return artifacts
 
 
-def bring_in(store: Disk, file: Path) -> Brought:
+def import_archive(store: Disk, file: Path) -> Imported:
     """Put what `export` has written into `store`. Nothing in the file is unpickled.
 
     Raises:
@@ -70,4 +70,4 @@ def bring_in(store: Disk, file: Path) -> Brought:
                 store.write(member.name, data)
     except (tarfile.TarError, OSError) as error:
         raise UnusableArchive(f"{file} cannot be brought in: {first_line(error)}") from error
-    return Brought(artifacts, refused)
+    return Imported(artifacts, refused)

@@ -15,23 +15,24 @@ from .disk import Disk
 from .entry import Store
 
 
-def current() -> Store | None:
-    """The store in force; None where nothing is to be kept."""
-    now = settings.current()
-    if now.store == "off" or inductor.caches_are_off():
+def store(wished: settings.Settings) -> Store | None:
+    """The store that is in force with these settings; None where nothing is to be kept."""
+    return None if inductor.caches_are_off() else disk(wished)
+
+
+def disk(wished: settings.Settings) -> Disk | None:
+    """The store on disk that these settings name: below Inductor's cache folder, unless they name a folder."""
+    if wished.store == "off":
         return None
-    return disk(folder(now.store), now.store_limit * 1e9)
-
-
-def folder(named: str) -> str:
-    """The folder that the setting `store` stands for: below Inductor's cache folder, unless it names one."""
-    if named != "on":
-        return os.path.abspath(named)
-    return os.path.join(os.environ.get(folders.INDUCTOR) or folders.default_cache(), "frame_swap")
+    if wished.store != "on":
+        folder = os.path.abspath(os.path.expanduser(wished.store))
+    else:
+        folder = os.path.join(os.environ.get(folders.INDUCTOR) or folders.default_cache(), "frame_swap")
+    return in_folder(folder, wished.store_limit * 1e9)
 
 
 @functools.lru_cache(maxsize=8)
-def disk(folder: str, limit: float) -> Disk | None:
+def in_folder(folder: str, limit: float) -> Disk | None:
     """The store in `folder`; None, and one warning, where others could put code there or it cannot be made."""
     try:
         folders.make_own(folder)

@@ -28,28 +28,28 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...errors import UnusableArtifact, first_line
-from ..seal import seal, unseal
+from ..seal import seal_for, unseal_for
 from .entry import Entry
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".artifact"
-RECORD = ".record"
-_TEMPORARY, _CLAIM, _EVICTION = ".part", ".claim", ".eviction"
+NOTE = ".note"
+_TEMPORARY, _CLAIM, _EVICTION = ".part", ".claim", "eviction"
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 LEFT_BEHIND = 3600.0
 """Seconds after which a file that was never moved to its place, or a claim that nobody holds, is litter."""
 
-ROOM = 0.9
+LOW_WATER = 0.9
 """To how much of its limit the folder is brought when it is over it."""
 
-LOOK = 0.05
+CHECK_AFTER = 0.05
 """After how much was written, as a part of the limit, a process looks how large the folder has become."""
 
 
-class Kept(NamedTuple):
+class Artifact(NamedTuple):
     """An artifact of the store: its key, its size in bytes, and when it was last used (seconds since the epoch)."""
 
     key: str
@@ -87,18 +87,16 @@ class Disk:
 
     def __init__(self, folder: str, limit: float) -> None:
         self.folder, self.limit = folder, limit
-        self._unseen = limit  # bytes written since this process last looked: at the first write it does
+        self._written_since_check = (
+            limit  # bytes written since this process last looked: at the first write it does
+        )
         self._numbers = itertools.count()
 
     def get(self, key: str) -> Entry | None:
         """What is kept under `key`; None where there is nothing that this process can use."""
         path = self._path(key)
         try:
-            data = _read(path)
-            kept, *entry = pickle.loads(unseal(data))
-            if kept != key:
-                raise UnusableArtifact(f"it was kept under {kept}")
-            found = Entry(*entry)
+            found = Entry(*pickle.loads(unseal_for(key, _read(path))))
         except FileNotFoundError:
             return None
         except Exception as error:
@@ -112,15 +110,15 @@ class Disk:
 
     def put(self, key: str, entry: Entry) -> str:
         """Keep `entry` under `key`; returns why it could not be done, or ""."""
-        data = seal(pickle.dumps((key, *entry)))
+        data = seal_for(key, pickle.dumps(tuple(entry)))
         try:
             self.write(key + SUFFIX, data)
         except OSError as error:
             log.info("frame-swap: an artifact is not kept for the next run: %s", first_line(error))
             return first_line(error)
-        self._unseen += len(data)
-        if self._unseen > LOOK * self.limit:
-            self._unseen = 0
+        self._written_since_check += len(data)
+        if self._written_since_check > CHECK_AFTER * self.limit:
+            self._written_since_check = 0
             self.evict()
         return ""
 
@@ -128,20 +126,20 @@ class Disk:
         """Whether anything is kept under `key`."""
         return os.path.exists(self._path(key))
 
-    def record(self, name: str) -> bytes | None:
-        """What `keep_record` was given last for this name, of hexadecimal digits."""
+    def note(self, name: str) -> bytes | None:
+        """What `keep_note` was given last for this name, of hexadecimal digits."""
         try:
-            return _read(os.path.join(self.folder, name + RECORD))
+            return _read(os.path.join(self.folder, name + NOTE))
         except (OSError, UnusableArtifact):
             return None
 
-    def keep_record(self, name: str, record: bytes) -> None:
-        """Keep something small beside the artifacts, if it can be done; where `record` is empty, nothing."""
-        if not record:
-            _remove(os.path.join(self.folder, name + RECORD))
+    def keep_note(self, name: str, note: bytes) -> None:
+        """Keep something small beside the artifacts, if it can be done; where `note` is empty, nothing."""
+        if not note:
+            _remove(os.path.join(self.folder, name + NOTE))
             return
         with contextlib.suppress(OSError):
-            self.write(name + RECORD, record)
+            self.write(name + NOTE, note)
 
     def remove(self, key: str) -> None:
         """Keep nothing under `key`."""
@@ -170,32 +168,37 @@ class Disk:
             log.info("frame-swap: other processes may compile the same: %s", first_line(error))
             return DiskClaim(path, None)
 
-    def kept(self) -> list[Kept]:
+    def artifacts(self) -> list[Artifact]:
         """All artifacts, that which was not used for longest first."""
-        return sorted((_kept(*file) for file in self._files(SUFFIX)), key=lambda one: one.used)
+        return sorted((_artifact(*file) for file in self._files(SUFFIX)), key=lambda one: one.used)
 
-    def evict(self, limit: float | None = None) -> list[Kept]:
+    def notes(self) -> list[str]:
+        """The names of all notes."""
+        return sorted(name.removesuffix(NOTE) for name, _ in self._files(NOTE))
+
+    def evict(self, limit: float | None = None) -> list[Artifact]:
         """Bring the folder below its limit, or below `limit` bytes; returns which artifacts were removed.
 
         Nothing is done while another process does it.
         """
-        from filelock import FileLock, Timeout
-
-        removed: list[Kept] = []
+        removed: list[Artifact] = []
+        if (claim := self.claim(_EVICTION)) is None:
+            return removed
         try:
-            with FileLock(os.path.join(self.folder, _EVICTION), timeout=0, mode=0o600):
-                self._remove_litter()
-                files = sorted(self._files(SUFFIX, RECORD), key=lambda file: file[1].st_mtime)
-                size, most = sum(s.st_size for _, s in files), self.limit if limit is None else limit
-                for name, found in files if size > most else ():
-                    if size <= ROOM * most:
-                        break
-                    _remove(os.path.join(self.folder, name))
+            self._remove_litter()
+            files = sorted(self._files(SUFFIX, NOTE), key=lambda file: file[1].st_mtime)
+            size, most = sum(s.st_size for _, s in files), self.limit if limit is None else limit
+            for name, found in files if size > most else ():
+                if size <= LOW_WATER * most:
+                    break
+                if _remove(os.path.join(self.folder, name)):
                     size -= found.st_size
                     if name.endswith(SUFFIX):
-                        removed.append(_kept(name, found))
-        except (OSError, Timeout) as error:
-            log.info("frame-swap: nothing is removed from %s: %s", self.folder, first_line(error))
+                        removed.append(_artifact(name, found))
+        except OSError as error:
+            log.info("frame-swap: %s cannot be brought below its limit: %s", self.folder, first_line(error))
+        finally:
+            claim.release()
         return removed
 
     def write(self, name: str, data: bytes) -> None:
@@ -233,8 +236,8 @@ class Disk:
                 claim.release()
 
 
-def _kept(name: str, found: os.stat_result) -> Kept:
-    return Kept(name.removesuffix(SUFFIX), found.st_size, found.st_mtime)
+def _artifact(name: str, found: os.stat_result) -> Artifact:
+    return Artifact(name.removesuffix(SUFFIX), found.st_size, found.st_mtime)
 
 
 def _read(path: str) -> bytes:
@@ -251,6 +254,10 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):
+def _remove(path: str) -> bool:
+    """Whether the file is gone by this."""
+    try:
         os.unlink(path)
+    except OSError:
+        return False
+    return True

@@ -41,11 +41,11 @@ class Store(Protocol):
     def has(self, key: str) -> bool:
         """Whether anything is kept under `key`."""
 
-    def record(self, name: str) -> bytes | None:
-        """What `keep_record` was given last for this name, of hexadecimal digits."""
+    def note(self, name: str) -> bytes | None:
+        """What `keep_note` was given last for this name, of hexadecimal digits."""
 
-    def keep_record(self, name: str, record: bytes) -> None:
-        """Keep something small beside the artifacts, if it can be done; where `record` is empty, nothing."""
+    def keep_note(self, name: str, note: bytes) -> None:
+        """Keep something small beside the artifacts, if it can be done; where `note` is empty, nothing."""
 
     def remove(self, key: str) -> None:
         """Keep nothing under `key`: what was there has turned out to be of no use."""

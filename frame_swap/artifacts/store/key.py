@@ -44,7 +44,7 @@ def key_of(parcel: Parcel, sizes: Mapping[str, int] | None = None) -> str:
     """
     depends_on = {**_installation(), "C++ compilers": _compilers()}
     depends_on |= {"content": parcel.digest, "sizes": dict(sizes or {})}
-    if "cuda" in parcel.state.autocast:
+    if "cuda" in parcel.state.autocast:  # it has an entry for the type of each device that an input is on
         depends_on["GPU"] = _gpu()
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 

@@ -1,7 +1,7 @@
 """What a program has used of a store, so that its next run can get that ready before it is asked for.
 
-A profile is a record of JSON beside the artifacts: keys, in the order in which the program came to need them, and
-those whose compile the program's end has cut short. The contents of these are records of their own. No wrong answer
+A profile is a note of JSON beside the artifacts: keys, in the order in which the program came to need them, and
+those whose compile the program's end has cut short. The contents of these are notes of their own. No wrong answer
 can come from a profile: what the next run does not ask for is loaded, or compiled, in vain.
 """
 
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ..seal import seal, unseal
+from ..seal import seal_for, unseal_for
 from .entry import Store
 
 MOST = 1000
@@ -64,20 +64,20 @@ class Profile(NamedTuple):
 
 def read(store: Store) -> Profile:
     """What the last run of this program has left; nothing where there was none."""
-    return parse(store.record(_name()))
+    return parse(store.note(_name()))
 
 
 def write(store: Store, uses: Iterable[Use], unfinished: Iterable[str]) -> None:
     """Leave this for the next run."""
     profile = {"program": program(), "uses": list(uses)[:MOST], "unfinished": list(unfinished)[:MOST]}
-    store.keep_record(_name(), json.dumps(profile).encode())
+    store.keep_note(_name(), json.dumps(profile).encode())
 
 
-def parse(record: bytes | None) -> Profile:
+def parse(note: bytes | None) -> Profile:
     """A profile as it was kept; empty where it is damaged or there is none."""
     try:
-        read = json.loads(record or b"{}")
-        uses = [Use(*use) for use in read.get("uses", ())]
+        read = json.loads(note or b"{}")
+        uses = [Use(str(key), str(frame), int(calls)) for key, frame, calls in read.get("uses", ())]
         return Profile(str(read.get("program", "")), uses, [str(key) for key in read.get("unfinished", ())])
     except (ValueError, TypeError, AttributeError):
         return Profile("", [], [])
@@ -85,17 +85,18 @@ def parse(record: bytes | None) -> Profile:
 
 def keep_content(store: Store, key: str, content: bytes, sizes: Mapping[str, int]) -> None:
     """Keep what is to be compiled for `key`."""
-    store.keep_record(key, seal(pickle.dumps((key, content, dict(sizes)))))
+    store.keep_note(key, seal_for(key, pickle.dumps((content, dict(sizes)))))
 
 
 def take_content(store: Store, key: str) -> tuple[bytes, dict[str, int]] | None:
     """What `keep_content` was given, once: the content and the sizes; None where it is not there or damaged."""
+    note = store.note(key)
+    store.keep_note(key, b"")
     try:
-        kept, content, sizes = pickle.loads(unseal(store.record(key) or b""))
-    except Exception:  # a pickle that was sealed by another frame-swap
-        kept, content, sizes = "", b"", {}
-    store.keep_record(key, b"")
-    return (content, sizes) if kept == key else None
+        content, sizes = pickle.loads(unseal_for(key, note or b""))
+    except Exception:
+        return None
+    return content, sizes
 
 
 def _name() -> str:

@@ -53,7 +53,7 @@ class Definition:
         identity: all that `torch.library` and the dispatcher know of it.
         modules, libraries: imported and loaded, one after the other, until the operator is here.
         recipe: its definition by value, pickled, for where they do not suffice; or why there is none.
-        built: digests of `libraries`. They set the contents of two programs apart; a worker does not read them.
+        library_digests: of the files `libraries`. For the digest of a content only; a worker does not read them.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Definition:
     modules: tuple[str, ...]
     libraries: tuple[str, ...]
     recipe: bytes | str
-    built: tuple[str, ...]
+    library_digests: tuple[str, ...]
 
     def define(self) -> None:
         """Define this operator in this process, or see that it is defined.

@@ -104,21 +104,23 @@ def _class_text(cls: type, seen: set[int]) -> str:
     """The name of a class, and its methods, those it inherits included."""
     methods: dict[str, str] = {}
     for owner in cls.__mro__:
-        for name, method in vars(owner).items() if not _is_given(owner) else ():
+        if _is_torch_or_stdlib(owner):
+            continue
+        for name, method in vars(owner).items():
             function = getattr(method, "fget", getattr(method, "__func__", method))
             if isinstance(function, types.FunctionType):
                 methods.setdefault(name, _text(function, seen))
     return f"{cls.__qualname__} {sorted(methods.items())}" if methods else cls.__qualname__
 
 
-def _is_given(value: Any) -> bool:
+def _is_torch_or_stdlib(value: Any) -> bool:
     """Whether a function or class is PyTorch's or of Python's library."""
     package = (getattr(value, "__module__", None) or "").partition(".")[0]
     return package == "torch" or package in sys.stdlib_module_names
 
 
 def _function_text(function: types.FunctionType, seen: set[int]) -> str:
-    if _is_given(function):
+    if _is_torch_or_stdlib(function):
         return function.__qualname__
     code, values = function.__code__, function.__globals__
     read = frozenset(names(code))

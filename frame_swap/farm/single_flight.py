@@ -19,18 +19,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 
-from ..artifacts.store.entry import Claim, Entry, Store
-from .kept import outcome_of
+from ..artifacts.store.entry import Claim, Entry
+from ..errors import first_line
 from .protocol import Outcome
+from .reuse import Place, find
 
 log = logging.getLogger(__name__)
 
 PAUSE = 0.1
 """Seconds between two looks whether another process is done."""
-
-Start = Callable[[], "Future[Outcome]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +37,21 @@ class Wanted:
     """A compile that some process is to make once.
 
     Attributes:
-        store, key: where its result is kept.
+        place: where its result is kept.
         loading: what loading it takes besides, as an `Entry` has it.
         start: begins the compile here.
         still: whether anybody wants it.
-        patience: seconds to wait for another process.
+        timeout: seconds to wait for another process.
     """
 
-    store: Store
-    key: str
+    place: Place
     loading: Callable[[], bytes]
-    start: Start
+    start: Callable[[], Future[Outcome]]
     still: Callable[[], bool]
-    patience: float
+    timeout: float
 
 
-class Once:
+class SingleFlight:
     """Compiles of this process that others may want, too."""
 
     def __init__(self) -> None:
@@ -65,60 +63,65 @@ class Once:
     def begin(self, wanted: Wanted) -> Future[Outcome]:
         """The result of a compile: of one that begins now, or of another process's. It is in the store by then."""
         future: Future[Outcome] = Future()
-        end = time.monotonic() + wanted.patience
-        if not self._is_over(wanted, future, end):
+        deadline = time.monotonic() + wanted.timeout
+        if not self._is_over(wanted, future, deadline):
             with self._lock:
-                self._waiting.append((wanted, future, end))
+                self._waiting.append((wanted, future, deadline))
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._watch, name="frame-swap-store", daemon=True)
                     self._thread.start()
         return future
 
     def forget(self) -> None:
-        """In a forked child: start over."""
+        """In a forked child: hold none of the parent's claims."""
         for claim in self._claims:
             claim.forget()
-        self.__init__()  # type: ignore[misc]
+        self._claims.clear()
 
-    def _is_over(self, wanted: Wanted, future: Future[Outcome], end: float) -> bool:
+    def _is_over(self, wanted: Wanted, future: Future[Outcome], deadline: float) -> bool:
         """Whether there is no need to wait for another process: `future` gets the result, or nobody wants it."""
         if not wanted.still():
             future.cancel()
             return True
-        claim = wanted.store.claim(wanted.key)
-        if claim is None and time.monotonic() < end:
+        claim = wanted.place.store.claim(wanted.place.key)
+        if claim is None and time.monotonic() < deadline:
             return False
         if claim is not None:
             self._claims.append(claim)
         try:
-            if (entry := wanted.store.get(wanted.key)) is not None:
+            # Look once more: whoever had the claim may have been done since the first look.
+            if (found := find(wanted.place)) is not None:
                 begun: Future[Outcome] = Future()
-                begun.set_result(outcome_of(entry))
+                begun.set_result(found)
             else:
                 begun = wanted.start()
         except BaseException:
             self._end(claim)
             raise
-        future.add_done_callback(lambda done: done.cancelled() and begun.cancel())
-        begun.add_done_callback(lambda done: self._finish(wanted, claim, done, future, keep=entry is None))
+
+        def drop(done: Future[Outcome]) -> None:
+            if done.cancelled():
+                begun.cancel()
+
+        future.add_done_callback(drop)
+        begun.add_done_callback(lambda done: self._finish(wanted, claim, done, future))
         return True
 
-    def _finish(
-        self, wanted: Wanted, claim: Claim | None, done: Future[Outcome], future: Future[Outcome], *, keep: bool
-    ) -> None:
+    def _finish(self, wanted: Wanted, claim: Claim | None, done: Future[Outcome], future: Future[Outcome]) -> None:
         """A compile of this process has ended, or was cancelled before it began."""
-        outcome = None if done.cancelled() or done.exception() is not None else done.result()
-        if keep and outcome is not None and outcome.artifact is not None:
-            failure = wanted.store.put(wanted.key, Entry(outcome.artifact, outcome.late_guards, wanted.loading()))
-            outcome = dataclasses.replace(outcome, store=f"not kept: {failure}" if failure else "kept")
-        self._end(claim)
-        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
-            if outcome is not None:
+        try:
+            outcome = _kept(wanted, done.result())
+        except CancelledError:
+            self._end(claim)
+            future.cancel()
+        except BaseException as error:
+            self._end(claim)
+            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+                future.set_exception(error)
+        else:
+            self._end(claim)
+            with contextlib.suppress(InvalidStateError):
                 future.set_result(outcome)
-            elif done.cancelled():
-                future.cancel()
-            else:
-                future.set_exception(done.exception())
 
     def _end(self, claim: Claim | None) -> None:
         if claim is not None:
@@ -137,9 +140,9 @@ class Once:
                     self._thread = None
                     return
             for one in waiting:
-                wanted, future, end = one
+                wanted, future, deadline = one
                 try:
-                    over = self._is_over(wanted, future, end)
+                    over = self._is_over(wanted, future, deadline)
                 except Exception as error:
                     over = True
                     with contextlib.suppress(InvalidStateError):
@@ -147,3 +150,15 @@ class Once:
                 if over:
                     with self._lock:
                         self._waiting.remove(one)
+
+
+def _kept(wanted: Wanted, outcome: Outcome) -> Outcome:
+    """`outcome`, with its artifact in the store if that can be."""
+    if outcome.artifact is None or outcome.store:
+        return outcome
+    try:
+        entry = Entry(outcome.artifact, outcome.late_guards, wanted.loading())
+        failure = wanted.place.store.put(wanted.place.key, entry)
+    except Exception as error:  # the state holds a setting that only looked as if it could be pickled
+        failure = first_line(error)
+    return dataclasses.replace(outcome, store=f"not kept: {failure}" if failure else "kept")

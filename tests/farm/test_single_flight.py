@@ -11,12 +11,14 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from helpers import until
 
 from frame_swap.artifacts import folders
 from frame_swap.artifacts.store.disk import Disk
 from frame_swap.artifacts.store.entry import Entry
-from frame_swap.farm.once import Once, Wanted
 from frame_swap.farm.protocol import Outcome
+from frame_swap.farm.reuse import Place
+from frame_swap.farm.single_flight import SingleFlight, Wanted
 
 pytestmark = pytest.mark.quick
 
@@ -83,14 +85,14 @@ def compiles() -> Compiles:
 
 @pytest.fixture
 def wanted(store: Disk, compiles: Compiles) -> Make:
-    def make(still: Callable[[], bool] = lambda: True, patience: float = math.inf) -> Wanted:
-        return Wanted(store, KEY, lambda: b"loading", compiles.start, still, patience)
+    def make(still: Callable[[], bool] = lambda: True, timeout: float = math.inf) -> Wanted:
+        return Wanted(Place(store, KEY), lambda: b"loading", compiles.start, still, timeout)
 
     return make
 
 
 def test_a_result_is_in_the_store_when_it_is_told(store: Disk, compiles: Compiles, wanted: Make) -> None:
-    future = Once().begin(wanted())
+    future = SingleFlight().begin(wanted())
     assert not is_free(store)
     seen: list[tuple[Entry | None, bool]] = []
     future.add_done_callback(lambda _: seen.append((store.get(KEY), is_free(store))))
@@ -102,7 +104,7 @@ def test_a_result_is_in_the_store_when_it_is_told(store: Disk, compiles: Compile
 def test_what_another_process_compiles_is_waited_for(
     holder: subprocess.Popen[str], compiles: Compiles, wanted: Make
 ) -> None:
-    future = Once().begin(wanted())
+    future = SingleFlight().begin(wanted())
     assert not future.done()
     assert holder.stdin is not None
     holder.stdin.write("put\n")
@@ -116,8 +118,8 @@ def test_what_another_process_compiles_is_waited_for(
 def test_a_process_takes_over_where_the_other_does_not_deliver(
     holder: subprocess.Popen[str], store: Disk, compiles: Compiles, wanted: Make, how: str
 ) -> None:
-    once = Once()
-    future = once.begin(wanted())
+    flight = SingleFlight()
+    future = flight.begin(wanted())
     assert compiles.begun == []
     if how == "it dies":
         holder.kill()
@@ -125,8 +127,8 @@ def test_a_process_takes_over_where_the_other_does_not_deliver(
         assert holder.stdin is not None
         holder.stdin.write("failed\n")
         holder.stdin.flush()
-    while not compiles.begun:  # the thread that waits begins it
-        assert not future.done()
+    until(lambda: bool(compiles.begun))  # the thread that waits begins it
+    assert not future.done()
     compiles.begun[0].set_result(COMPILED)
     assert future.result(WAIT).artifact == b"compiled here"
     assert store.get(KEY) is not None
@@ -134,7 +136,7 @@ def test_a_process_takes_over_where_the_other_does_not_deliver(
 
 @pytest.mark.usefixtures("holder")
 def test_nobody_waits_for_ever(compiles: Compiles, wanted: Make) -> None:
-    future = Once().begin(wanted(patience=0.0))
+    future = SingleFlight().begin(wanted(timeout=0.0))
     assert len(compiles.begun) == 1, "it compiles beside the other"
     compiles.begun[0].set_result(COMPILED)
     assert future.result(WAIT).artifact == b"compiled here"
@@ -142,35 +144,32 @@ def test_nobody_waits_for_ever(compiles: Compiles, wanted: Make) -> None:
 
 @pytest.mark.usefixtures("holder")
 def test_what_nobody_wants_any_more_is_not_waited_for(compiles: Compiles, wanted: Make) -> None:
-    once, still = Once(), [True]
-    future = once.begin(wanted(lambda: still[0]))
-    still.clear()
-    still.append(False)
-    while not future.cancelled():
-        pass
-    while once._thread is not None:
-        pass
+    flight, still = SingleFlight(), [True]
+    future = flight.begin(wanted(lambda: still[0]))
+    still[0] = False
+    until(future.cancelled)
+    until(lambda: flight._thread is None)
     assert compiles.begun == []
 
 
 def test_a_failure_is_told_and_frees_the_claim(store: Disk, compiles: Compiles, wanted: Make) -> None:
-    once = Once()
-    future = once.begin(wanted())
+    flight = SingleFlight()
+    future = flight.begin(wanted())
     compiles.begun[0].set_exception(ValueError("no"))
     assert isinstance(future.exception(WAIT), ValueError)
     assert store.get(KEY) is None
-    again = once.begin(wanted())
+    again = flight.begin(wanted())
     compiles.begun[1].set_result(Outcome(None, b"", "it failed", "", 0.0, 0.0, 0.0, 1))
     assert again.result(WAIT).error == "it failed"
     assert list(Path(store.folder).iterdir()) == []
 
 
 def test_a_compile_that_is_dropped_is_cancelled_or_else_kept(store: Disk, compiles: Compiles, wanted: Make) -> None:
-    once = Once()
-    queued, under_way = once.begin(wanted()), None
+    flight = SingleFlight()
+    queued = flight.begin(wanted())
     queued.cancel()
     assert compiles.begun[0].cancelled()
-    under_way = once.begin(wanted())
+    under_way = flight.begin(wanted())
     compiles.begun[1].set_running_or_notify_cancel()
     under_way.cancel()
     compiles.begun[1].set_result(COMPILED)
@@ -179,23 +178,22 @@ def test_a_compile_that_is_dropped_is_cancelled_or_else_kept(store: Disk, compil
 
 
 def test_the_same_wanted_twice_in_a_process_is_compiled_once(compiles: Compiles, wanted: Make) -> None:
-    once = Once()
-    first, second = once.begin(wanted()), once.begin(wanted())
+    flight = SingleFlight()
+    first, second = flight.begin(wanted()), flight.begin(wanted())
     compiles.begun[0].set_result(COMPILED)
     assert first.result(WAIT).store == "kept"
     assert second.result(WAIT).store == "found"
     assert len(compiles.begun) == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_compiles_for_itself_once_its_parent_is_done(
     store: Disk, compiles: Compiles, wanted: Make
 ) -> None:
-    once = Once()
-    once.begin(wanted())
+    flight = SingleFlight()
+    flight.begin(wanted())
     told, tell = os.pipe()
     if (child := os.fork()) == 0:
-        once.forget()
+        flight.forget()
         os.write(tell, b"free" if store.claim(KEY) is not None else b"held")
         os._exit(0)
     assert os.read(told, 4) == b"held", "the parent still compiles"

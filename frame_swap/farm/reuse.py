@@ -4,7 +4,8 @@ Guarantees:
 - What was loaded ahead is what a load at the time would have given: the state and the options that it was loaded
   with are part of the content that its key stands for. Each is taken once; what nobody has taken after
   `idle_timeout` is dropped.
-- Nothing here raises. What cannot be loaded ahead is loaded, or compiled, when it is asked for.
+- Nothing here raises. What has no key is compiled as if there were no store; what cannot be loaded ahead is loaded,
+  or compiled, when it is asked for.
 - A forked child tells the next run nothing.
 
 Assumed: `_load_all` runs on the loader thread; one operation on a dictionary is one step, as under the GIL.
@@ -13,6 +14,7 @@ Assumed: `_load_all` runs on the loader thread; one operation on a dictionary is
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -26,18 +28,14 @@ from .. import settings
 from ..artifacts import load
 from ..artifacts.compiled import Compiled
 from ..artifacts.store import chosen, profile
-from ..artifacts.store.entry import Entry, Store
+from ..artifacts.store.entry import Store
 from ..artifacts.store.key import key_of
 from ..errors import first_line
 from ..internals import dynamo
-from ..shipping.parcel import Parcel
+from ..shipping.parcel import Parcel, repacked
 from .protocol import Outcome
 
 log = logging.getLogger(__name__)
-
-
-CompileSoon = Callable[["Place", bytes, dict[str, int]], None]
-"""Takes a place, the content of a parcel, and sizes of symbols."""
 
 
 class Place(NamedTuple):
@@ -47,38 +45,59 @@ class Place(NamedTuple):
     key: str
 
 
-def place_of(parcel: Parcel, sizes: dict[str, int] | None = None) -> Place | None:
-    """The place for the artifact of `parcel`, compiled for `sizes`; None where it is not to be kept."""
-    if parcel.transient or (store := chosen.current()) is None:
+def place_of(parcel: Parcel, sizes: dict[str, int] | None, wished: settings.Settings) -> Place | None:
+    """The place for the artifact of `parcel`, compiled for `sizes`; None where it is not to be kept.
+
+    Args:
+        wished: the settings that were in force when the graph was captured.
+    """
+    if parcel.uncacheable or (store := chosen.store(wished)) is None:
         return None
-    return Place(store, key_of(parcel, sizes))
+    try:
+        return Place(store, key_of(parcel, sizes))
+    except Exception:  # a GPU that does not answer, say
+        log.warning("frame-swap: an artifact has no key, and is not kept for the next run", exc_info=True)
+        return None
 
 
-def outcome_of(entry: Entry) -> Outcome:
-    """The outcome of a compile that an earlier run, or another process, has made."""
+def find(place: Place | None) -> Outcome | None:
+    """The outcome of a compile that an earlier run, or another process, has made; None where there is none."""
+    entry = None if place is None else place.store.get(place.key)
+    if entry is None:
+        return None
     now = time.time()
     return Outcome(entry.artifact, entry.late_guards, "", "", now, now, now, 0, store="found")
 
 
-def find(place: Place | None) -> Outcome | None:
-    """What an earlier run, or another process, has compiled; None where the store has nothing."""
-    entry = None if place is None else place.store.get(place.key)
-    return None if entry is None else outcome_of(entry)
+class _Asked(NamedTuple):
+    """A compile that was asked for: a parcel's content, sizes of symbols, and whether it is still to come."""
+
+    content: bytes
+    sizes: dict[str, int]
+    pending: Callable[[], bool]
 
 
 class Uses:
-    """What this program uses of a store, and what its last run has used."""
+    """What this program uses of a store, and what its last run has used.
+
+    Attributes:
+        unfinished: where that is to be kept which the last run has not waited for.
+    """
 
     def __init__(self) -> None:
+        self.unfinished: list[Place] = []
         self._loaded: dict[str, Compiled] = {}
         self._used: dict[str, tuple[str, Callable[[], int]]] = {}
-        self._asked: dict[str, tuple[Parcel, dict[str, int], Callable[[], bool]]] = {}
+        self._asked: dict[str, _Asked] = {}
         self._tells = self._began = False
 
     def asked(self, place: Place, parcel: Parcel, sizes: dict[str, int], pending: Callable[[], bool]) -> None:
         """A compile is asked for whose result will be at `place`; `pending` tells whether it is still to come."""
         self._tell_at_exit(place.store)
-        self._asked[place.key] = parcel, sizes, pending
+        for key, asked in list(self._asked.items()):
+            if not asked.pending():
+                self._asked.pop(key, None)
+        self._asked[place.key] = _Asked(parcel.content, sizes, pending)
 
     def came(self, place: Place, frame: str, calls: Callable[[], int]) -> None:
         """A region of the user's function `frame` is about to use what is at `place`.
@@ -94,25 +113,35 @@ class Uses:
         """What was loaded ahead from `place`; None where nothing was."""
         return None if place is None else self._loaded.pop(place.key, None)
 
-    def prepare(self, load_soon: Callable[[Callable[[], None]], None], compile_soon: CompileSoon) -> bool:
-        """Get ready what the last run has used or would have. Whether that was something, and all of it is there.
+    def prepare(self, load_soon: Callable[[Callable[[], None]], None]) -> bool:
+        """Load ahead what the last run has used. Whether that was something, and all of it is in the store.
 
         Args:
             load_soon: has the loader thread call a function.
-            compile_soon: compiles for a place when the program leaves time for it.
         """
-        if self._began or (store := chosen.current()) is None:
+        if self._began or (store := chosen.store(settings.current())) is None:
             return False
         self._began = True
         last = profile.read(store)
+        self.unfinished = [Place(store, key) for key in last.unfinished]
         there = [use.key for use in last.uses if store.has(use.key)]
         if there:
             load_soon(functools.partial(self._load_all, store, there, settings.current().idle_timeout))
-        for key in last.unfinished:
-            taken = profile.take_content(store, key)
-            if taken is not None and not store.has(key):
-                compile_soon(Place(store, key), *taken)
         return bool(last.uses) and len(there) == len(last.uses)
+
+    def take_unfinished(self) -> tuple[Place, Parcel, dict[str, int]] | None:
+        """A compile that the last run has asked for and not waited for, and that is still to be made; each once."""
+        while self.unfinished:
+            place = self.unfinished.pop()
+            taken = profile.take_content(place.store, place.key)
+            if taken is None or place.store.has(place.key):
+                continue
+            content, sizes = taken
+            with contextlib.suppress(Exception):  # a content of another torch, say
+                parcel = repacked(content)
+                if key_of(parcel, sizes) == place.key:
+                    return place, parcel, sizes
+        return None
 
     def _load_all(self, store: Store, keys: Sequence[str], patience: float) -> None:
         """Load until the program begins to ask: from then on a load here would hold up one that is asked for."""
@@ -129,27 +158,30 @@ class Uses:
                 except Exception as error:
                     log.info("frame-swap: %s could not be loaded ahead: %s", key, first_line(error))
         if self._loaded:
-            timer = threading.Timer(patience, self._loaded.clear)
+            timer = threading.Timer(min(patience, threading.TIMEOUT_MAX), self._loaded.clear)
             timer.daemon = True
             timer.start()
 
     def _tell_at_exit(self, store: Store) -> None:
         if not self._tells:
             self._tells = True
-            profile.program()
-            atexit.register(self._tell, store, os.getpid())
+            profile.program()  # which remembers it: at exit Python has forgotten the file
+            atexit.register(self._tell, store)
 
-    def _tell(self, store: Store, pid: int) -> None:
+    def _tell(self, store: Store) -> None:
         """Leave a profile for the next run."""
-        if os.getpid() != pid:
+        if os.getpid() != _PROGRAM:
             return
         unfinished = []
-        for key, (parcel, sizes, pending) in self._asked.items():
-            if pending() and not store.has(key):
-                profile.keep_content(store, key, parcel.content, sizes)
+        for key, asked in self._asked.items():
+            if asked.pending() and not store.has(key):
+                profile.keep_content(store, key, asked.content, asked.sizes)
                 unfinished.append(key)
         uses = [profile.Use(key, frame, calls()) for key, (frame, calls) in self._used.items()]
         profile.write(store, uses, unfinished)
 
+
+_PROGRAM = os.getpid()
+"""A child that is forked later has another number."""
 
 uses = Uses()

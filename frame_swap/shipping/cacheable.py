@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-
 from ..internals import eager
 from .echo import Audience
+from .operators.identity import PLAIN
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Settings by name, by the name of their config."""
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def why_not(inputs: Iterable[Any], settings: Settings, audience: Audience) -> str:
@@ -35,7 +32,7 @@ def why_not(inputs: Iterable[Any], settings: Settings, audience: Audience) -> st
     return ""
 
 
-def marks(settings: Settings) -> tuple[str, ...]:
+def custom_uuids(settings: Settings) -> tuple[str, ...]:
     """What sets apart settings that are code of the program's: the `uuid()` of Inductor's custom passes."""
     return tuple(
         f"{config} {name} {_uuid(part)!r}"
@@ -54,7 +51,7 @@ def _objects(value: Any) -> Iterator[Any]:
         for key, part in value.items():
             yield from _objects(key)
             yield from _objects(part)
-    elif not isinstance(value, _PLAIN):
+    elif not isinstance(value, PLAIN):
         yield value
 
 

@@ -43,7 +43,7 @@ def plain(x: Tensor) -> Tensor:
 
 
 def test_a_graph_of_torchs_own_functions_may_be_kept() -> None:
-    assert packed(plain, torch.ones(3, 3), size_asserts=False).transient == ""
+    assert packed(plain, torch.ones(3, 3), size_asserts=False).uncacheable == ""
 
 
 class Pass:
@@ -61,7 +61,7 @@ class Pass:
 def test_a_custom_pass_is_known_by_its_uuid() -> None:
     x = torch.ones(3)
     one, other = (packed(plain, x, post_grad_custom_post_pass=Pass(uuid)) for uuid in ("1", "2"))
-    assert one.transient == other.transient == ""
+    assert one.uncacheable == other.uncacheable == ""
     assert one.digest != other.digest
     assert one.digest == packed(plain, x, post_grad_custom_post_pass=Pass("1")).digest
 
@@ -73,15 +73,15 @@ def a_pass(graph: torch.fx.Graph) -> None: ...
 def test_a_custom_pass_without_a_uuid_is_named(custom: Any) -> None:
     option = {"post_grad_custom_post_pass": custom}
     reason = "config post_grad_custom_post_pass is code of the program's without a uuid()"
-    assert packed(plain, torch.ones(3), **option).transient == f"options {reason}"
+    assert packed(plain, torch.ones(3), **option).uncacheable == f"options {reason}"
     with torch._inductor.config.patch(option):
-        assert packed(plain, torch.ones(3)).transient == f"inductor {reason}"
+        assert packed(plain, torch.ones(3)).uncacheable == f"inductor {reason}"
 
 
 def test_nothing_is_kept_while_somebody_reads_code() -> None:
     torch._logging.set_logs(output_code=True)
     try:
-        assert packed(plain, torch.ones(3)).transient.startswith("somebody reads graphs or generated code")
+        assert packed(plain, torch.ones(3)).uncacheable.startswith("somebody reads graphs or generated code")
     finally:
         torch._logging.set_logs()
         logging.getLogger("torch._inductor").setLevel(logging.NOTSET)
@@ -90,8 +90,8 @@ def test_nothing_is_kept_while_somebody_reads_code() -> None:
 def test_a_tensor_subclass_of_the_program_is_named() -> None:
     x = TwoTensors(torch.ones(3), torch.ones(3))
     reason = "an input is a TwoTensors, a tensor subclass of the program's, whose code no key holds"
-    assert packed(lambda x: x * 2, x).transient == reason
-    assert packed(lambda x: x * 2, TwoTensor(torch.ones(3), torch.ones(3))).transient == ""
+    assert packed(lambda x: x * 2, x).uncacheable == reason
+    assert packed(lambda x: x * 2, TwoTensor(torch.ones(3), torch.ones(3))).uncacheable == ""
 
 
 # --- Operators of a module ---
