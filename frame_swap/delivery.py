@@ -96,6 +96,7 @@ class Delivery:
         self._attempt = attempt
         self._sizes = sizes
         self._replaces = replaces
+        reuse.uses.begins()
         self._at = reuse.place_of(order.parcel, sizes, order.settings)
         self._from_store = self._made_again = False
 
@@ -159,9 +160,9 @@ class Delivery:
             if not order.repeatable:
                 compiled = compiled._replace(repeatable=False)
             relations = pickle.loads(outcome.late_guards)
-            # Late guards of code from the store stay late: as guards of the frame they would make Dynamo capture it
-            # anew for other sizes, which the store has as further code of this region.
-            if frame_open and not self._from_store:
+            # Late guards of code from the store stay late, as they were for the run that compiled it. As guards of
+            # the frame they would have Dynamo capture it anew for sizes whose code the store has for this region.
+            if frame_open and (order.settings.when == "wait" or not self._from_store):
                 order.shapes.guard_on(relations)
             condition, attempt.late_guards = condition_of(relations, order.shapes)
             if condition is not None and trampoline.specialiser is None:
@@ -197,6 +198,8 @@ class Delivery:
         self._made_again = True
         log.warning("frame-swap: %s cannot be loaded, and is compiled again: %s", self._at.key, first_line(error))
         self._at.store.remove(self._at.key)
+        if self._at.store.has(self._at.key):  # it can only be read
+            self._at = None
         self._attempt.begin_again()
         waits = frame_open and self._order.settings.when == "wait"
         job = self.request(deliver=not waits)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import first_line
-from ..runtime.patching import patched, patched_environment
+from ..runtime.patching import patched, patched_environment, restored_environment
 from . import place
 from .protocol import Outcome, Request
 
@@ -79,6 +79,7 @@ def _compile(request: Request, keep_echo: Callable[[bytes], None], remarks: list
     # The lock is free in a worker; in an executor of threads it keeps Dynamo out while configs are patched.
     with (
         dynamo.compile_lock,
+        restored_environment(),
         envelope.applied(),
         state.applied_to_process(),
         folders.safe_caches() as warned,

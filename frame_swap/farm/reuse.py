@@ -8,7 +8,7 @@ Guarantees:
   or compiled, when it is asked for.
 - A forked child tells the next run nothing.
 
-Assumed: `_load_all` runs on the loader thread; one operation on a dictionary is one step, as under the GIL.
+Assumed: `_load` runs on the loader thread; one operation on a dictionary is one step, as under the GIL.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
 
 from .. import settings
 from ..artifacts import load
@@ -77,6 +79,9 @@ class _Asked(NamedTuple):
     pending: Callable[[], bool]
 
 
+_cuda_is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+
+
 class Uses:
     """What this program uses of a store, and what its last run has used.
 
@@ -89,7 +94,12 @@ class Uses:
         self._loaded: dict[str, Compiled] = {}
         self._used: dict[str, tuple[str, Callable[[], int]]] = {}
         self._asked: dict[str, _Asked] = {}
-        self._tells = self._began = False
+        self._all_there: bool | None = None
+        self._asks = self._tells = False
+
+    def begins(self) -> None:
+        """The program asks for code: from now on nothing is loaded ahead."""
+        self._asks = True
 
     def asked(self, place: Place, parcel: Parcel, sizes: dict[str, int], pending: Callable[[], bool]) -> None:
         """A compile is asked for whose result will be at `place`; `pending` tells whether it is still to come."""
@@ -119,14 +129,27 @@ class Uses:
         Args:
             load_soon: has the loader thread call a function.
         """
-        if self._began or (store := chosen.store(settings.current())) is None:
+        if self._all_there is None:
+            self._all_there = False
+            try:
+                self._all_there = self._prepare(load_soon)
+            except Exception:
+                log.warning("frame-swap: nothing is loaded ahead of the first call", exc_info=True)
+        return self._all_there
+
+    def _prepare(self, load_soon: Callable[[Callable[[], None]], None]) -> bool:
+        if (store := chosen.store(settings.current())) is None:
             return False
-        self._began = True
         last = profile.read(store)
         self.unfinished = [Place(store, key) for key in last.unfinished]
         there = [use.key for use in last.uses if store.has(use.key)]
+        for key in there:
+            load_soon(functools.partial(self._load, Place(store, key)))
         if there:
-            load_soon(functools.partial(self._load_all, store, there, settings.current().idle_timeout))
+            timeout = min(settings.current().idle_timeout, threading.TIMEOUT_MAX)
+            timer = threading.Timer(timeout, self._loaded.clear)
+            timer.daemon = True
+            timer.start()
         return bool(last.uses) and len(there) == len(last.uses)
 
     def take_unfinished(self) -> tuple[Place, Parcel, dict[str, int]] | None:
@@ -143,24 +166,19 @@ class Uses:
                     return place, parcel, sizes
         return None
 
-    def _load_all(self, store: Store, keys: Sequence[str], patience: float) -> None:
-        """Load until the program begins to ask: from then on a load here would hold up one that is asked for."""
-        for key in keys:
-            with dynamo.compile_lock:
-                if self._used:
-                    break
-                if (entry := store.get(key)) is None:
-                    continue
-                try:
-                    load.prepare()
-                    state, options = pickle.loads(entry.loading)
-                    self._loaded[key] = load.load(entry.artifact, state, options, guarded=True)
-                except Exception as error:
-                    log.info("frame-swap: %s could not be loaded ahead: %s", key, first_line(error))
-        if self._loaded:
-            timer = threading.Timer(min(patience, threading.TIMEOUT_MAX), self._loaded.clear)
-            timer.daemon = True
-            timer.start()
+    def _load(self, place: Place) -> None:
+        """Load, unless the program has begun to ask: a load would hold up one that is asked for."""
+        with dynamo.compile_lock:
+            if self._asks or (entry := place.store.get(place.key)) is None:
+                return
+            try:
+                state, options = pickle.loads(entry.loading)
+                if "cuda" in state.autocast and not _cuda_is_initialized():  # that is for the program to do
+                    return
+                load.prepare()
+                self._loaded[place.key] = load.load(entry.artifact, state, options, guarded=True)
+            except Exception as error:
+                log.info("frame-swap: %s could not be loaded ahead: %s", place.key, first_line(error))
 
     def _tell_at_exit(self, store: Store) -> None:
         if not self._tells:

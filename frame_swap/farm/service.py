@@ -89,7 +89,8 @@ class Job:
         with contextlib.suppress(futures.CancelledError):
             self._future.exception()  # unlike `futures.wait`, it is woken by `cancel`
         time.sleep(self._delay)
-        return _outcome(self._future)
+        outcome, self._future = _outcome(self._future), Future()  # the old one leads to the artifact's bytes
+        return outcome
 
     def _hold_back(self, finish: Callable[[], None]) -> None:
         """Call `finish` when the delay is over."""
@@ -115,6 +116,7 @@ class Service:
         self._loader: ThreadPoolExecutor | None = None
         self._flight = SingleFlight()
         self._asked = 0
+        self._waits_for_leisure = False
         self._prepares_loading = False
         self._stopped = False
 
@@ -130,8 +132,9 @@ class Service:
         importing = getattr(multiprocessing.current_process(), "_inheriting", False)
         if settings.disabled() or multiprocessing.parent_process() is not None or importing:
             return
-        all_there = uses.prepare(self._load_soon)
-        if uses.unfinished:
+        all_there = now.when != "never" and uses.prepare(self._load_soon)
+        if uses.unfinished and not self._waits_for_leisure:
+            self._waits_for_leisure = True
             self._at_leisure()
         if not all_there and now.executor is None and now.capture != "background":
             with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
@@ -292,6 +295,7 @@ class Service:
                 return
             if self._loader is None:
                 self._loader = ThreadPoolExecutor(1, thread_name_prefix="frame-swap-loader")
+                _stop_at_exit()
             loader = self._loader
         with contextlib.suppress(RuntimeError):  # shut down meanwhile
             loader.submit(machine.run_courteously, call).add_done_callback(_log_failure)

@@ -23,10 +23,14 @@ from concurrent.futures import CancelledError, Future, InvalidStateError
 
 from ..artifacts.store.entry import Claim, Entry
 from ..errors import first_line
+from ..runtime import forks
 from .protocol import Outcome
 from .reuse import Place, find
 
 log = logging.getLogger(__name__)
+
+_claiming = forks.lock()
+"""Held while a claim is made: a forked child knows of all that it has to forget."""
 
 PAUSE = 0.1
 """Seconds between two looks whether another process is done."""
@@ -66,10 +70,11 @@ class SingleFlight:
         deadline = time.monotonic() + wanted.timeout
         if not self._is_over(wanted, future, deadline):
             with self._lock:
-                self._waiting.append((wanted, future, deadline))
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._watch, name="frame-swap-store", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._watch, name="frame-swap-store", daemon=True)
+                    thread.start()  # which waits for the lock
+                    self._thread = thread
+                self._waiting.append((wanted, future, deadline))
         return future
 
     def forget(self) -> None:
@@ -83,11 +88,12 @@ class SingleFlight:
         if not wanted.still():
             future.cancel()
             return True
-        claim = wanted.place.store.claim(wanted.place.key)
+        with _claiming:
+            claim = wanted.place.store.claim(wanted.place.key)
+            if claim is not None:
+                self._claims.append(claim)
         if claim is None and time.monotonic() < deadline:
             return False
-        if claim is not None:
-            self._claims.append(claim)
         try:
             # Look once more: whoever had the claim may have been done since the first look.
             if (found := find(wanted.place)) is not None:

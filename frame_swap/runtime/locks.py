@@ -18,15 +18,16 @@ def acquire_each(locks: Iterable[Any], taken: list[bool], **how: Any) -> None:
     taken.extend(map(operator.methodcaller("acquire", **how), locks))
 
 
-def call_holding(lock: Any, call: Callable[[], object], *, wait: bool = False) -> bool:
+def call_holding(lock: Any, call: Callable[[], object], *, wait: bool | float = False) -> bool:
     """Make `call` while holding `lock`. False where another thread holds it, and `call` was not made.
 
     Args:
-        wait: wait for the lock.
+        wait: whether to wait for the lock, or for how many seconds.
     """
+    how = {"blocking": wait} if isinstance(wait, bool) else {"timeout": wait}
     taken: list[bool] = []
     try:
-        acquire_each([lock], taken, blocking=wait)
+        acquire_each([lock], taken, **how)
         if taken[0]:
             call()
         return taken[0]

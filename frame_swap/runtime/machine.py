@@ -120,10 +120,11 @@ _NEVER = 1_000_000_000
 
 
 def _put_back() -> None:
-    """Restore the switch interval, and the thresholds unless the program has changed them since."""
+    """Restore the settings, except for those that the program has changed since."""
     ours, now = _usual.courteous(), _Settings.current()
     thresholds = _usual.thresholds if now.thresholds == ours.thresholds else now.thresholds
-    _Settings(_usual.switch_interval, thresholds).apply()
+    unchanged = abs(now.switch_interval - ours.switch_interval) < 1e-6  # Python rounds it
+    _Settings(_usual.switch_interval if unchanged else now.switch_interval, thresholds).apply()
     if thresholds[0] and not gc.get_freeze_count():  # else the program wants its old objects left out
         # All objects move to the oldest generation, and the count that makes a full collection due begins anew.
         gc.freeze()

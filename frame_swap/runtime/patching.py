@@ -35,11 +35,32 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def patched_environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Within the block, the environment has `changes`; afterwards all of it is as it was before."""
-    before = dict(os.environ)
+    """Within the block, the environment has `changes`; afterwards these variables are as they were before.
+
+    Others, which other threads may set meanwhile, are left alone.
+    """
+    before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        _restore(before)
+
+
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """After the block, all of the environment is as it was before."""
+    before: dict[str, str | None] = dict(os.environ)
+    try:
+        yield
+    finally:
+        _restore(dict.fromkeys(os.environ) | before)
+
+
+def _restore(variables: Mapping[str, str | None]) -> None:
+    """Set variables; those with None are removed. There is no moment at which others are not there."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        elif os.environ.get(name) != value:
+            os.environ[name] = value

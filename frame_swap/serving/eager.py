@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import first_line
 from ..internals import beside, dispatcher, dynamo, eager, fake_tensors
 from ..settings import First
 from .pair import trace_pair
@@ -89,7 +90,7 @@ def eager_code(
 
 
 def why_pair(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> WhyPair | None:
-    """Why this graph is better served by the pair; None where Dynamo's graph serves it as well.
+    """Why this graph is better served by the pair; None where Dynamo's graph serves it as well. Raises nothing.
 
     What AOTAutograd finds out in a worker, after Dynamo has closed the frame, can only become a late guard. Those
     are conditions on whole numbers.
@@ -98,8 +99,11 @@ def why_pair(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> WhyPair | N
     computes = any(isinstance(node.meta.get("example_value"), torch.SymFloat) for node in gm.graph.nodes)
     if computes or fake_tensors.has_symbolic_floats():
         return WhyPair("its frame has floats that change from call to call", needed=True)
-    if _some_share_memory(example_inputs):
-        return WhyPair("inputs of changing size share memory", needed=True)
+    try:
+        if _some_share_memory(example_inputs):
+            return WhyPair("inputs of changing size share memory", needed=True)
+    except Exception as error:  # a strided tensor without storage
+        return WhyPair(f"whether its inputs share memory is not known: {first_line(error)}", needed=True)
     if (name := next(_traced_operators(gm), None)) is not None:
         return WhyPair(f"PyTorch would trace {name} at each call", needed=False)
     return None

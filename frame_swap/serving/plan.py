@@ -44,7 +44,7 @@ class Offer(NamedTuple):
         trials: what it has to pass before it is installed, in order.
         replaces: the compile whose calls it serves better; None where it is for calls that no other code serves.
         remark: for the report, once it is installed.
-        awaited: whether the call that captured the frame had to wait for it. Its install may wait for a lock, too.
+        awaited: whether the call that captured the frame has waited for it. It may wait for the install, too.
     """
 
     served: Served

@@ -3,7 +3,7 @@
 Guarantees:
 - A call through a trampoline is served: by eager code until compiled code is installed, by compiled code that fits
   it then, and by eager code again where none fits. It raises only what the graph itself raises. It never waits,
-  but for a first call whose code came in its capture: that waits for Dynamo's compile lock (`Offer.awaited`).
+  but for a first call whose code came in its capture: up to `PATIENCE` seconds for Dynamo's compile lock.
 - A call whose compiled code raises is made again on eager code, however compiled code was called, unless it may
   have changed something by then. From then on the frame is on eager code for good, with one warning; calls under
   way in compiled code on other threads end there, or are made again too. If eager code raises as well, that error
@@ -45,6 +45,9 @@ from ..runtime import locks
 from .plan import Offer, Offers, Plan, Served, planned
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 1.0
+"""Several times what a load takes that another thread has begun."""
 
 _A_CHECK_REMAINS = "a check remains on each call"
 
@@ -100,7 +103,8 @@ class Trampoline:
         self.is_ahead = False
         if (offer := self._offers.first) is not None:
             if self._when != "manual":
-                self.install(wait=offer.awaited)
+                self._offers.exchange_first(offer, offer._replace(awaited=False))
+                self.install(wait=PATIENCE if offer.awaited else False)
             if (on_trial := self._on_trial(args)) is not None:
                 return self._call_on_trial(on_trial, args)
         if (served := self._served_for(args)) is not None:
@@ -236,11 +240,12 @@ class Trampoline:
         if not offer.attempt.move(Event.LOADED):  # nobody wants it any more
             self._drop(offer)
 
-    def install(self, wait: bool = False) -> None:
+    def install(self, wait: bool | float = False) -> None:
         """Install what was offered, if anything was. Where that fails, what serves calls stays.
 
         Args:
-            wait: until no other thread compiles or installs; otherwise leave that to a later call.
+            wait: whether, or for how many seconds, to wait until no other thread compiles or installs. Otherwise a
+                later call does it.
         """
         try:
             while self.offered and locks.call_holding(dynamo.compile_lock, self._install_to_the_end, wait=wait):

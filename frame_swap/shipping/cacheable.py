@@ -11,16 +11,22 @@ from typing import Any
 
 from ..internals import eager
 from .echo import Audience
+from .operators import Definitions
 from .operators.identity import PLAIN
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Settings by name, by the name of their config."""
 
 
-def why_not(inputs: Iterable[Any], settings: Settings, audience: Audience) -> str:
+def why_not(inputs: Iterable[Any], settings: Settings, audience: Audience, definitions: Definitions | None) -> str:
     """Why the result must not be kept; "" where it may be."""
     if audience.reads_code:
         return "somebody reads graphs or generated code, which come from a compile"
+    if settings.get("inductor", {}).get("trace.enabled") or settings.get("options", {}).get("trace.enabled"):
+        return "somebody debugs compiles (trace.enabled)"
+    for definition in definitions.operators if definitions is not None else ():
+        if not definition.digests:
+            return f"nobody knows which file defines operator {definition.name}"
     for config, values in settings.items():
         for name, value in values.items():
             if any(_uuid(part) is None for part in _objects(value)):

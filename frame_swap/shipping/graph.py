@@ -59,6 +59,16 @@ def is_repeatable(gm: GraphModule) -> bool:
     return all(dispatcher.is_repeatable(node.target) for module in modules for node in module.graph.nodes)
 
 
+def devices(gm: GraphModule, inputs: Iterable[Any]) -> set[str]:
+    """The types of all devices that the graph's inputs and values are on, such as "cuda"."""
+    found = list(inputs)
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            value = node.meta.get("example_value")
+            found += value if isinstance(value, (tuple, list)) else [value]
+    return {value.device.type for value in found if isinstance(value, torch.Tensor)}
+
+
 def fake_input(value: Any) -> Any:
     """The fake tensor that AOTAutograd will make of this input: the fake mode's memo gives both the same.
 

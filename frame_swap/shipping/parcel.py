@@ -22,7 +22,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch.fx import GraphModule
 
 from ..errors import Unshippable, first_line
@@ -139,7 +138,7 @@ def pack(
     try:
         custom = check_graph(gm)
         inputs = [graph.fake_input(x) for x in example_inputs]
-        state = ProcessState.capture({x.device.type for x in inputs if isinstance(x, torch.Tensor)})
+        state = ProcessState.capture(graph.devices(gm, inputs))
         settings = state.configs | {"options": dict(sorted(options.items()))}
         check_settings(settings)
         definitions = operators.definitions(custom) if custom else None
@@ -156,7 +155,7 @@ def pack(
             state,
             settings["options"],
             hashlib.sha256(content).hexdigest(),
-            cacheable.why_not(example_inputs, settings, audience),
+            cacheable.why_not(example_inputs, settings, audience, definitions),
         )
     except Unshippable:
         raise

@@ -13,7 +13,11 @@ import torch
 from ..internals import eager, inductor
 from ..runtime.patching import patched_environment
 
-_SHIPPED = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_", "CUDA_", "CXX", "CC", "PATH", "TMPDIR")
+_SHIPPED = (
+    ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TRITON_", "CUDA_", "CUTLASS_", "PYTORCH_ROCM_ARCH")
+    + ("ATEN_CPU_CAPABILITY", "ENABLE_PERSISTENT_TMA_MATMUL", "ENABLE_TEMPLATE_TMA_STORE")
+    + ("CXX", "CC", "PATH", "TMPDIR", "CONDA_PREFIX", "OMP_PREFIX")
+)
 """Prefixes of the environment variables that a compile reads."""
 
 # Those that name folders and devices of a machine, or limit how much of it a process uses. Variables that choose a
@@ -22,7 +26,7 @@ _OF_MACHINE = frozenset(
     ("PATH", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCH_COMPILE_DEBUG_DIR")
     + ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_DUMP_DIR", "TRITON_OVERRIDE_DIR", "TRITON_LIBCUDA_PATH")
     + ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", "CUDA_CACHE_PATH", "CUDA_MPS_PIPE_DIRECTORY")
-    + ("CUDA_MPS_LOG_DIRECTORY", "CCACHE_DIR", "CCACHE_TEMPDIR")
+    + ("CUDA_MPS_LOG_DIRECTORY", "CCACHE_DIR", "CCACHE_TEMPDIR", "CONDA_PREFIX", "OMP_PREFIX")
 )
 
 

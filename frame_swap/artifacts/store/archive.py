@@ -54,7 +54,7 @@ def import_archive(store: Disk, file: Path) -> Imported:
     """
     artifacts, refused = 0, []
     try:
-        with tarfile.open(file) as archive:
+        with tarfile.open(file, "r:") as archive:
             for member in archive:
                 content = archive.extractfile(member) if member.isreg() and _NAME.fullmatch(member.name) else None
                 if content is None:
@@ -68,6 +68,7 @@ def import_archive(store: Disk, file: Path) -> Imported:
                         continue
                     artifacts += 1
                 store.write(member.name, data)
+        store.evict()
     except (tarfile.TarError, OSError) as error:
         raise UnusableArchive(f"{file} cannot be brought in: {first_line(error)}") from error
     return Imported(artifacts, refused)

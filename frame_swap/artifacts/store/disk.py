@@ -101,7 +101,7 @@ class Disk:
             return None
         except Exception as error:
             log.warning("frame-swap: %s cannot be used, and is compiled again: %s", path, first_line(error))
-            if not isinstance(error, OSError):
+            if not isinstance(error, (OSError, MemoryError)):
                 _remove(path)
             return None
         with contextlib.suppress(OSError):  # the folder may be read-only

@@ -100,4 +100,4 @@ def take_content(store: Store, key: str) -> tuple[bytes, dict[str, int]] | None:
 
 
 def _name() -> str:
-    return hashlib.sha256(program().encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(program())).hexdigest()

@@ -11,8 +11,8 @@ import torch
 
 from ...errors import Unshippable, first_line
 from ...internals import dispatcher
-from . import by_import, by_value
-from .identity import Identity, identity
+from . import by_import, by_value, sources
+from .identity import Identity, functions, identity
 from .known import ADVICE, MissingOperator, lookup
 
 
@@ -53,7 +53,8 @@ class Definition:
         identity: all that `torch.library` and the dispatcher know of it.
         modules, libraries: imported and loaded, one after the other, until the operator is here.
         recipe: its definition by value, pickled, for where they do not suffice; or why there is none.
-        library_digests: of the files `libraries`. For the digest of a content only; a worker does not read them.
+        digests: of all files that the definition can depend on; none where they are not known. For the digest of a
+            content only: a worker does not read them.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Definition:
     modules: tuple[str, ...]
     libraries: tuple[str, ...]
     recipe: bytes | str
-    library_digests: tuple[str, ...]
+    digests: tuple[str, ...]
 
     def define(self) -> None:
         """Define this operator in this process, or see that it is defined.
@@ -129,5 +130,14 @@ def _describe(operator: dispatcher.OpOverload, found: dict[str, Definition], wit
             raise Unshippable(f"a custom operator that a worker cannot be given, {name}: {error}") from error
         recipe = str(error)
     found[name] = Definition(
-        name, identity(operator), modules, libraries, recipe, tuple(map(by_import.digest, libraries))
+        name, identity(operator), modules, libraries, recipe, _digests(operator, modules, libraries)
     )
+
+
+def _digests(
+    operator: dispatcher.OpOverload, modules: tuple[str, ...], libraries: tuple[str, ...]
+) -> tuple[str, ...]:
+    if not dispatcher.defined_in_python(operator) and not modules and not libraries:
+        return ()
+    named = {by_import.module_of(function) for _, function in functions(operator)} - {""}
+    return sources.digest({*modules, *named}), *map(by_import.digest, libraries)
