@@ -48,5 +48,7 @@ def loggers() -> dict[str, logging.Logger]:
 
 
 def _hears(handler: logging.Handler) -> bool:
-    """False for the handler that torch always adds: without a directory it removes itself at the first record."""
+    """Whether records go anywhere. torch's own handler removes itself at the first record if it has no folder."""
+    if isinstance(handler, logging.NullHandler):
+        return False
     return not isinstance(handler, logs.LazyTraceHandler) or handler.root_dir is not None
