@@ -185,7 +185,8 @@ class Settings:
     job_timeout: float = _setting(
         1800.0,
         """The most seconds that a compile may take in a worker, including the worker's start if it has yet to
-        start. A worker that takes longer is ended, and the eager code goes on serving the graph.""",
+        start. A worker that takes longer is ended, and the eager code goes on serving the graph. Another process
+        that compiles the same is not waited for any longer, either.""",
         _is_limit_in("seconds"),
         float,
     )
@@ -200,7 +201,8 @@ class Settings:
     )
     idle_timeout: float = _setting(
         300.0,
-        """Seconds after which an idle worker ends. The next compile starts it again, which takes seconds.""",
+        """Seconds after which an idle worker ends. The next compile starts it again, which takes seconds. Compiled
+        code that was loaded ahead of its first call is dropped after as many.""",
         _is_limit_in("seconds"),
         float,
     )
@@ -208,8 +210,7 @@ class Settings:
         "on",
         """Where compiled code is kept for the next run of the program, which then runs it from its first call on.
         "on": below Inductor's cache folder. "off": nowhere, and nothing is taken from earlier runs. Anything else
-        is a folder. What is in force when a graph is captured counts. `TORCHINDUCTOR_FORCE_DISABLE_CACHES=1` turns
-        it off, too.""",
+        is a folder; "~" stands for the home. `TORCHINDUCTOR_FORCE_DISABLE_CACHES=1` turns it off, too.""",
         _is_store,
         str,
     )
