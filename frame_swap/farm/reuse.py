@@ -68,7 +68,7 @@ def find(place: Place | None) -> Outcome | None:
     if entry is None:
         return None
     now = time.time()
-    return Outcome(entry.artifact, entry.late_guards, "", "", now, now, now, 0, store="found")
+    return Outcome(entry.artifact, entry.late_guards, "", "", now, now, now, 0, entry.echo, store="found")
 
 
 class _Asked(NamedTuple):

@@ -163,7 +163,7 @@ def _kept(wanted: Wanted, outcome: Outcome) -> Outcome:
     if outcome.artifact is None or outcome.store:
         return outcome
     try:
-        entry = Entry(outcome.artifact, outcome.late_guards, wanted.loading())
+        entry = Entry(outcome.artifact, outcome.late_guards, wanted.loading(), outcome.echo)
         failure = wanted.place.store.put(wanted.place.key, entry)
     except Exception as error:  # the state holds a setting that only looked as if it could be pickled
         failure = first_line(error)

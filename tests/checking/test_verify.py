@@ -328,7 +328,7 @@ def test_late_guards_each_artifact_is_verified() -> None:
 
 
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
-    parcel = Parcel(b"no content", b"no envelope", ProcessState.capture(set()))
+    parcel = Parcel(b"no content", b"no envelope", ProcessState.capture(set()), {}, "")
     folder = repro.write(str(tmp_path), parcel, {}, [torch.rand(3)], "for the test")
     folder.chmod(0o770)
     empty = tmp_path / "empty"

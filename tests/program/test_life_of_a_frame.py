@@ -176,7 +176,7 @@ def test_a_delay_holds_back_what_is_finished() -> None:
 
 def test_two_workers_compile_two_graphs_at_once() -> None:
     frame_swap.configure(workers=2)
-    nothing = Parcel(b"", b"", ProcessState.capture(set()))
+    nothing = Parcel(b"", b"", ProcessState.capture(set()), {}, "")
     delivery.service.submit(nothing, lambda outcome: None)  # starts both; they come up together
     for function in (lambda x: (x.sin() @ x).relu(), lambda x: (x.cos() @ x).tanh()):
         torch.compile(function, backend="frame_swap")(torch.randn(16, 16))

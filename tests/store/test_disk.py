@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -113,6 +114,18 @@ def test_an_artifact_under_another_key_is_a_miss_and_never_read(store: Disk, tmp
     file_of(store).chmod(0o600)
     store.get(KEY)
     assert mark.exists(), "under its own key it is read"
+
+
+@pytest.mark.parametrize(
+    "made_for",
+    [{"torch": "2.6.0"}, {"python": "cpython-38"}, {"architecture": "riscv"}, {"instructions": ["avx1024"]}],
+)
+def test_an_artifact_of_another_installation_or_cpu_is_a_miss(store: Disk, made_for: dict[str, Any]) -> None:
+    """Its key would be another one, too; but an archive may bring what it likes."""
+    store.put(KEY, ENTRY)
+    header, _, content = file_of(store).read_bytes().partition(b"\n")
+    file_of(store).write_bytes(json.dumps(json.loads(header) | made_for).encode() + b"\n" + content)
+    assert store.get(KEY) is None
 
 
 def test_a_link_is_a_miss(store: Disk, tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ class Entry(NamedTuple):
         artifact: sealed, as a worker has sent it.
         late_guards: pickled, as they came with it.
         loading: what loading takes besides, pickled: the process state and the options of the content.
+        echo: what the compile left behind besides code, as in its outcome.
     """
 
     artifact: bytes
     late_guards: bytes
     loading: bytes
+    echo: bytes = b""
 
 
 class Claim(Protocol):
