@@ -103,7 +103,8 @@ class Trampoline:
         self.is_ahead = False
         if (offer := self._offers.first) is not None:
             if self._when != "manual":
-                self._offers.exchange_first(offer, offer._replace(awaited=False))
+                if offer.awaited:  # by this call, and no other
+                    self._offers.exchange_first(offer, offer._replace(awaited=False))
                 self.install(wait=PATIENCE if offer.awaited else False)
             if (on_trial := self._on_trial(args)) is not None:
                 return self._call_on_trial(on_trial, args)
@@ -299,7 +300,7 @@ class Trampoline:
         with suppress(ValueError):
             self._offers.remove(offer)
         prepared = self._prepared
-        if prepared is not None and prepared.offer is offer:
+        if prepared is not None and prepared.offer.attempt is offer.attempt:
             self._prepared = None
 
     def _withdraw(self) -> None:
