@@ -114,6 +114,15 @@ def ratios(runs: dict[str, Run]) -> dict[str, dict[str, float]]:
     return {arm: of(run["calls"]) for arm, run in runs.items()}
 
 
+def by_half_second(run: Run) -> Run:
+    """A run for the JSON file: of each half second, how many calls ended in it, and the longest of them, in ms."""
+    slots: dict[float, list[float]] = {}
+    for end, seconds in zip(accumulate(run["calls"]), run["calls"], strict=True):
+        slots.setdefault(end // 0.5 / 2, []).append(round(1e3 * seconds, 2))
+    ended = {slot: [len(calls), max(calls)] for slot, calls in slots.items()}
+    return {**run, "calls": len(run["calls"]), "first_ms": round(1e3 * run["calls"][0], 2), "ended": ended}
+
+
 def draw(runs: dict[str, Run], title: str) -> Figure:
     """The longest call of each half second over time, and calls done over time; a curve for each arm."""
     from matplotlib.figure import Figure
@@ -181,7 +190,8 @@ def main() -> None:
 
     what = f"{args.model}, {args.shapes} lengths, torch {torch.__version__}, {output.device_name()}"
     stem = args.out / f"serving-{args.model}-{output.device()}"
-    output.write(stem, {"what": what, "figures": figures, "runs": rounds}, draw(rounds[-1], what))
+    kept = [{arm: by_half_second(run) for arm, run in runs.items()} for runs in rounds]
+    output.write(stem, {"what": what, "figures": figures, "runs": kept}, draw(rounds[-1], what))
 
 
 if __name__ == "__main__":

@@ -224,6 +224,8 @@ class Delivery:
 
     def _keep_repro(self, arguments: Sequence[Any], difference: str) -> str:
         order = self._order
+        if self._at is not None:  # the next run might not verify
+            self._at.store.remove(self._at.key)
         try:
             folder = repro.write(order.settings.repro_dir, order.parcel, self._sizes or {}, arguments, difference)
         except Exception as error:

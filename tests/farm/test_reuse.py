@@ -14,9 +14,11 @@ import torch
 import frame_swap
 from frame_swap import State, settings
 from frame_swap.artifacts import load
+from frame_swap.artifacts.compiled import Compiled
 from frame_swap.artifacts.store import chosen, profile
 from frame_swap.artifacts.store.disk import Disk
 from frame_swap.artifacts.store.entry import Entry
+from frame_swap.errors import FrameSwapWarning
 from frame_swap.farm import reuse
 from frame_swap.internals import logs
 from frame_swap.shipping.process_state import ProcessState
@@ -179,3 +181,21 @@ def test_when_manual_the_program_says_when(warm: Callable[..., Any]) -> None:
     assert [(row.state, row.store) for row in frame_swap.report().regions][1:] == [(State.READY, "found")]
     frame_swap.swap()
     assert frame_swap.report().regions[1].state is State.INSTALLED
+
+
+def test_code_that_computes_something_else_is_not_kept(
+    warm: Callable[..., Any], store: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`verify` has found it; a run without `verify` would take it from the store."""
+    usual = load.load
+
+    def wrong(*args: Any, **keywords: Any) -> Compiled:
+        compiled = usual(*args, **keywords)
+        return compiled._replace(call=lambda *inputs: [out + 1 for out in compiled.call(*inputs)], boxed=None)
+
+    kept = {one.key for one in store.artifacts()} - set(KEYS)
+    assert len(kept) == 1
+    monkeypatch.setattr(load, "load", wrong)
+    with pytest.warns(FrameSwapWarning, match="not what eager code computes"):
+        assert rows({"verify": 1, "repro_dir": str(tmp_path)}, warm) == [(State.REJECTED, "found")]
+    assert {one.key for one in store.artifacts()} == set(KEYS)
