@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 LEVEL = 5.0
 
@@ -110,8 +111,12 @@ def _negated(x: Tensor) -> Tensor:
     return -x
 
 
+_hooks: list[RemovableHandle] = []
+"""Not in the module, which another change may replace before the hook is removed."""
+
+
 def _hook(part: Any) -> None:
-    part.inner.handle = part.inner.register_forward_hook(lambda module, args, output: output * 3)
+    _hooks.append(part.inner.register_forward_hook(lambda module, args, output: output * 3))
 
 
 CHANGES = {
@@ -151,7 +156,7 @@ CHANGES = {
     "a module's forward": Change(
         lambda part: setattr(part.inner, "forward", _negated), lambda part: part.inner.__dict__.pop("forward")
     ),
-    "a hook": Change(_hook, lambda part: part.inner.handle.remove()),
+    "a hook": Change(_hook, lambda part: _hooks.pop().remove()),
     "a closure's cell": Change(lambda part: part.put(2.0), lambda part: part.put(0.5)),
     "a global float": Change(lambda part: set_global("LEVEL", 6.0), lambda part: set_global("LEVEL", 5.0)),
     "a global function": Change(
