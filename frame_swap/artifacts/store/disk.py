@@ -87,9 +87,7 @@ class Disk:
 
     def __init__(self, folder: str, limit: float) -> None:
         self.folder, self.limit = folder, limit
-        self._written_since_check = (
-            limit  # bytes written since this process last looked: at the first write it does
-        )
+        self._written_since_check = limit  # so that it looks at the first write
         self._numbers = itertools.count()
 
     def get(self, key: str) -> Entry | None:
