@@ -17,7 +17,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -108,11 +107,7 @@ def spawn_arm(arm: str, model: str, infer: bool, seconds: float) -> Run:
         }
         command = [sys.executable, "-m", "benchmarks.first_call", "--arm", arm, "--model", model]
         command += ["--seconds", str(seconds)] + (["--infer"] if infer else [])
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
-    result: Run = json.loads(done.stdout.splitlines()[-1])
-    return result
+        return output.run_arm(arm, command, environment)
 
 
 # --- The figures ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,19 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{len(os.sched_getaffinity(0))} CPU cores"
+
+
+def run_arm(name: str, command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """What an arm's process prints last, as JSON.
+
+    Raises:
+        SystemExit: it failed; with the end of what it wrote to its standard error.
+    """
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def without_folders(text: str) -> str:

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -86,11 +85,7 @@ def spawn_arm(arm: str, args: argparse.Namespace) -> Run:
         command = [sys.executable, "-m", "benchmarks.serving", "--arm", arm, "--model", args.model]
         command += ["--shapes", str(args.shapes), "--seconds", str(args.seconds)]
         environment = {**os.environ, **caches, **ARMS[arm]}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
-    result: Run = json.loads(done.stdout.splitlines()[-1])
-    return result
+        return output.run_arm(arm, command, environment)
 
 
 # --- The figures ---
@@ -133,10 +128,7 @@ def draw(runs: dict[str, Run], title: str) -> Figure:
         ends = list(accumulate(run["calls"]))
         style = {"label": LABELS.get(arm, arm), "color": output.COLOURS[arm]}
         style["linewidth"] = 2.0 if arm in OURS else 1.3
-        longest: dict[float, float] = {}
-        for end, seconds in zip(ends, run["calls"], strict=True):
-            slot = end // 0.5 / 2
-            longest[slot] = max(longest.get(slot, 0.0), 1e3 * seconds)
+        longest = {slot: milliseconds for slot, (_, milliseconds) in by_half_second(run)["ended"].items()}
         worst.step(list(longest), list(longest.values()), where="post", **style)
         done.plot(ends, range(1, len(ends) + 1), **style)
     worst.set_yscale("log")

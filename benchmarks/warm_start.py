@@ -15,10 +15,10 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,22 +103,16 @@ def environment_of(arm: str, folder: str) -> dict[str, str]:
 
 def spawn_arm(arm: str, folder: str, args: argparse.Namespace) -> Run:
     """Call `run_arm` in a process of its own, with its caches in `folder`."""
-    done = subprocess.run(command_of(arm, args), env=environment_of(arm, folder), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
-    result: Run = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return output.run_arm(arm, command_of(arm, args), environment_of(arm, folder))
 
 
 def at_once(processes: int, args: argparse.Namespace) -> list[Run]:
     """Processes that start at the same time, with an empty store."""
     with tempfile.TemporaryDirectory() as folder:
         environment = environment_of("frame_swap", folder)
-        started = [
-            subprocess.Popen(command_of("frame_swap", args), env=environment, stdout=subprocess.PIPE, text=True)
-            for _ in range(processes)
-        ]
-        return [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
+        arm = "frame_swap", command_of("frame_swap", args), environment
+        with ThreadPoolExecutor(processes) as threads:
+            return [run.result() for run in [threads.submit(output.run_arm, *arm) for _ in range(processes)]]
 
 
 def draw(figures: dict[str, list[float]], title: str) -> Figure:

@@ -12,6 +12,7 @@ from typing import Any
 from ..internals import eager
 from .echo import Audience
 from .operators import Definitions
+from .operators.by_import import is_torch
 from .operators.identity import PLAIN
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -33,7 +34,7 @@ def why_not(inputs: Iterable[Any], settings: Settings, audience: Audience, defin
                 return f"{config} config {name} is code of the program's without a uuid()"
     for value in inputs:
         cls = type(value)
-        if eager.is_traceable_wrapper_subclass(value) and cls.__module__.partition(".")[0] != "torch":
+        if eager.is_traceable_wrapper_subclass(value) and not is_torch(cls.__module__):
             return f"an input is a {cls.__qualname__}, a tensor subclass of the program's, whose code no key holds"
     return ""
 

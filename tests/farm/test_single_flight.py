@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from helpers import until
+from store.holder import KEY, Holder, holding, store_in
 
-from frame_swap.artifacts import folders
 from frame_swap.artifacts.store.disk import Disk
 from frame_swap.artifacts.store.entry import Entry
 from frame_swap.farm.protocol import Outcome
@@ -22,22 +20,9 @@ from frame_swap.farm.single_flight import SingleFlight, Wanted
 
 pytestmark = pytest.mark.quick
 
-KEY = 64 * "a"
 COMPILED = Outcome(b"compiled here", b"", "", "", 0.0, 0.0, 0.0, 1)
 WAIT = 100
 Make = Callable[..., Wanted]
-
-HOLDER = """\
-import sys
-from frame_swap.artifacts.store.disk import Disk
-from frame_swap.artifacts.store.entry import Entry
-store = Disk(sys.argv[1], 1e9)
-claim = store.claim(64 * "a")
-print(claim is not None, flush=True)
-if sys.stdin.readline() == "put\\n":
-    store.put(64 * "a", Entry(b"compiled there", b"", b""))
-claim.release()
-"""
 
 
 def is_free(store: Disk) -> bool:
@@ -61,21 +46,14 @@ class Compiles:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Disk:
-    folders.make_own(str(tmp_path / "store"))
-    return Disk(str(tmp_path / "store"), 1e9)
+    return store_in(tmp_path / "store")
 
 
 @pytest.fixture
-def holder(store: Disk) -> Iterator[subprocess.Popen[str]]:
+def holder(store: Disk) -> Iterator[Holder]:
     """Another process that has the claim."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, store.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "True\n"
+    with holding(store) as process:
         yield process
-        process.kill()
 
 
 @pytest.fixture
@@ -101,14 +79,10 @@ def test_a_result_is_in_the_store_when_it_is_told(store: Disk, compiles: Compile
     assert seen == [(Entry(b"compiled here", b"", b"loading"), True)]
 
 
-def test_what_another_process_compiles_is_waited_for(
-    holder: subprocess.Popen[str], compiles: Compiles, wanted: Make
-) -> None:
+def test_what_another_process_compiles_is_waited_for(holder: Holder, compiles: Compiles, wanted: Make) -> None:
     future = SingleFlight().begin(wanted())
     assert not future.done()
-    assert holder.stdin is not None
-    holder.stdin.write("put\n")
-    holder.stdin.flush()
+    holder.release(put=True)
     outcome = future.result(WAIT)
     assert (outcome.artifact, outcome.store) == (b"compiled there", "found")
     assert compiles.begun == []
@@ -116,7 +90,7 @@ def test_what_another_process_compiles_is_waited_for(
 
 @pytest.mark.parametrize("how", ["it dies", "its compile fails"])
 def test_a_process_takes_over_where_the_other_does_not_deliver(
-    holder: subprocess.Popen[str], store: Disk, compiles: Compiles, wanted: Make, how: str
+    holder: Holder, store: Disk, compiles: Compiles, wanted: Make, how: str
 ) -> None:
     flight = SingleFlight()
     future = flight.begin(wanted())
@@ -124,9 +98,7 @@ def test_a_process_takes_over_where_the_other_does_not_deliver(
     if how == "it dies":
         holder.kill()
     else:
-        assert holder.stdin is not None
-        holder.stdin.write("failed\n")
-        holder.stdin.flush()
+        holder.release()
     until(lambda: bool(compiles.begun))  # the thread that waits begins it
     assert not future.done()
     compiles.begun[0].set_result(COMPILED)

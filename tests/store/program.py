@@ -1,4 +1,4 @@
-"""A program that tests run twice with one store: `python program.py NAME [CALLS]`.
+"""A program that tests run twice with one store: `python program.py NAME`.
 
 It calls what NAME says until all compiled code is in, and prints as JSON what has happened and a digest of each
 result and gradient.
@@ -179,18 +179,16 @@ def digest(values: Any) -> str:
 
 
 def main() -> None:
-    name, rounds = sys.argv[1], int((sys.argv[2:] or ["1"])[0])
     warnings.simplefilter("error", frame_swap.FrameSwapWarning)
     count_traces()
     torch.manual_seed(0)
-    calls = PROGRAMS[name]()
+    calls = PROGRAMS[sys.argv[1]]()
     results = [[digest(call()) for call in calls]]
     first = frame_swap.report().as_dict()["regions"]
     workers, traced = len(service.worker_pids()), traces
     frame_swap.wait()
-    for _ in range(rounds):
-        results.append([digest(call()) for call in calls])
-        frame_swap.wait()
+    results.append([digest(call()) for call in calls])
+    frame_swap.wait()
     last = frame_swap.report().as_dict()["regions"]
     print(json.dumps({"first": first, "workers": workers, "traces": traced, "results": results, "last": last}))
 

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from frame_swap.artifacts import folders
 from frame_swap.artifacts.store import archive
 from frame_swap.artifacts.store.disk import SUFFIX, Disk
 from frame_swap.errors import UnusableArchive
 
-from .test_disk import ENTRY, KEY, OTHER, file_of, store
+from .holder import KEY, store_in
+from .test_disk import ENTRY, OTHER, file_of
 
 pytestmark = pytest.mark.quick
-__all__ = ["store"]  # the fixture
 
 
 def test_an_archive_brings_artifacts_and_profiles_into_another_store(store: Disk, tmp_path: Path) -> None:
@@ -24,8 +23,7 @@ def test_an_archive_brings_artifacts_and_profiles_into_another_store(store: Disk
     store.keep_note(OTHER, b"{}")
     Path(store.folder, "something.else").write_bytes(b"")
     assert archive.export(store, tmp_path / "kept.tar") == 1
-    folders.make_own(str(tmp_path / "there"))
-    there = Disk(str(tmp_path / "there"), 1e9)
+    there = store_in(tmp_path / "there")
     assert archive.import_archive(there, tmp_path / "kept.tar") == archive.Imported(1, [])
     assert there.get(KEY) == ENTRY
     assert there.note(OTHER) == b"{}"

@@ -11,27 +11,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import until
 
-from frame_swap.artifacts import folders, seal
+from frame_swap.artifacts import seal
 from frame_swap.artifacts.store.disk import LEFT_BEHIND, SUFFIX, Disk, DiskClaim
 from frame_swap.artifacts.store.entry import Entry
 
+from .holder import KEY, Holder, holding
+
 pytestmark = pytest.mark.quick
 
-KEY, OTHER = 64 * "a", 64 * "b"
+OTHER = 64 * "b"
 ENTRY = Entry(b"artifact" * 100, b"late guards", b"loading")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Disk:
-    folder = tmp_path / "store"
-    folders.make_own(str(folder))
-    return Disk(str(folder), 1e9)
 
 
 def file_of(store: Disk, key: str = KEY) -> Path:
@@ -291,49 +287,27 @@ def test_a_folder_that_cannot_be_written_to_is_read() -> None:
 
 # --- Claims ---
 
-CLAIMS = """\
-import sys
-from frame_swap.artifacts.store.disk import Disk
-claim = Disk(sys.argv[1], 1e9).claim(64 * "a")
-print(claim is not None, flush=True)
-sys.stdin.readline()
-claim.release()
-print("released", flush=True)
-sys.stdin.readline()
-"""
-
 
 @pytest.fixture
-def claimant(store: Disk) -> Any:
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLAIMS, store.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "True\n"
+def holder(store: Disk) -> Iterator[Holder]:
+    with holding(store) as process:
         yield process
-        process.kill()
 
 
-def test_one_process_has_a_claim_until_it_releases_it(store: Disk, claimant: subprocess.Popen[str]) -> None:
-    assert claimant.stdin is not None
-    assert claimant.stdout is not None
+def test_one_process_has_a_claim_until_it_releases_it(store: Disk, holder: Holder) -> None:
     assert store.claim(KEY) is None
     other = claimed(store, OTHER)
     other.release()
-    claimant.stdin.write("\n")
-    claimant.stdin.flush()
-    assert claimant.stdout.readline() == "released\n"
+    holder.release()
     claim = claimed(store, KEY)
     assert store.claim(KEY) is None, "not in this process, either"
     claim.release()
     assert list(Path(store.folder).iterdir()) == []
 
 
-def test_a_claim_ends_with_its_process(store: Disk, claimant: subprocess.Popen[str]) -> None:
+def test_a_claim_ends_with_its_process(store: Disk, holder: Holder) -> None:
     assert store.claim(KEY) is None
-    claimant.kill()
-    claimant.wait()
+    holder.kill()
     claim = claimed(store, KEY)
     claim.release()
 

@@ -26,10 +26,10 @@ Run = Callable[..., dict[str, Any]]
 def run(tmp_path: Path) -> Run:
     """Run the program in a process of its own, with a store that all runs of a test share."""
 
-    def run(name: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    def run(name: str, **environment: str) -> dict[str, Any]:
         places = {"FRAME_SWAP_STORE": str(tmp_path / "store"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
         done = subprocess.run(
-            [sys.executable, str(PROGRAM), name, *arguments],
+            [sys.executable, str(PROGRAM), name],
             env=os.environ | places | environment,
             capture_output=True,
             text=True,
