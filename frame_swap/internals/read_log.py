@@ -6,17 +6,19 @@ Dynamo builds a guard from the value that its source has at the end of the trace
 value, and a program that runs on may have changed it in between. So each value that `VariableBuilder` wraps is
 noted when it is wrapped, and the predicate of each guard when the guard is added, by PyTorch's table of predicates.
 For the guard of a wrapped value the predicate is taken from that value, not from what the source holds by then.
+The code of a function is noted when the tracer takes it to inline the function.
 
 Guarantees:
 - If `ReadLog.differs` returns None while the guards hold, all that was noted is so in one and the same state: that
   of the calling thread at that moment.
 - A guard without a predicate ends the capture, and so does a change of the process-wide state.
-- Objects that guards match by identity are held weakly. One that has died differs from each that lives.
+- Objects that guards match by identity are held weakly. One that has died differs from each that lives. The code
+  of a function that has died after the trace cannot change any more: the guards on its successor decide.
 - Other threads' traces are not noted.
 
-Assumed: what Dynamo reads goes through `VariableBuilder`, or a guard for it is added right then. What it reads past
-the builder once more (the code of a function that it inlines twice, say), and the program changes before that and
-changes back after it, goes unnoticed.
+Assumed: what Dynamo reads is the code of a function, or goes through `VariableBuilder`, or a guard for it is added
+right then. What it reads past these once more, and the program changes before that and changes back after it, goes
+unnoticed.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ with names_looked_up():
     from torch._dynamo import guards
     from torch._dynamo.variables import ConstantVariable
     from torch._dynamo.variables.builder import VariableBuilder
+    from torch._dynamo.variables.functions import UserFunctionVariable
     from torch._guards import GuardsSet
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -93,14 +96,16 @@ class ReadLog:
         self._constants: dict[Any, Differs] = {}
         self._guards: dict[Any, Differs] = {}
         self._containers: dict[Any, int] = {}
+        self._codes: dict[FunctionType, CodeType] = {}
         self._noted: list[tuple[Any, str, Differs]] = []
+        self._noted_codes: list[tuple[Callable[[], FunctionType | None], CodeType]] = []
 
     # On the thread that captures
 
     def start(self) -> None:
         """The trace begins, or begins anew: then what it has read so far decides how it goes on."""
         self.confirm()
-        self._reads, self._constants, self._guards, self._containers = {}, {}, {}, {}
+        self._reads, self._constants, self._guards, self._containers, self._codes = {}, {}, {}, {}, {}
 
     def confirm(self) -> None:
         """Raise `GivenUp` if something is not as it was read. Then guards may have been built of another state."""
@@ -112,12 +117,13 @@ class ReadLog:
         """The trace is over: let go of the values, and of the frame."""
         self._collect()
         self._scope = {}
-        self._reads, self._constants, self._guards = {}, {}, {}
+        self._reads, self._constants, self._guards, self._codes = {}, {}, {}, {}
 
     def _collect(self) -> None:
         self._noted = [(source, "the kind", read.differs) for source, read in self._reads.items()]
         self._noted += [(source, "the value", differs) for source, differs in self._constants.items()]
         self._noted += [(key[0], f"{key[1]}", differs) for key, differs in self._guards.items()]
+        self._noted_codes = [(weakref.ref(function), code) for function, code in self._codes.items()]
 
     def read(self, source: Any, value: Any) -> None:
         """The tracer is about to wrap `value`."""
@@ -143,6 +149,12 @@ class ReadLog:
                 self._constants[source] = _unequal(value)
             else:
                 self._constants.pop(source, None)
+
+    def inlined(self, function: FunctionType, code: CodeType) -> None:
+        """The tracer has taken `code` from `function`, to inline it or to bind its arguments."""
+        self.checkpoint()
+        if self._codes.setdefault(function, code) is not code:
+            raise GivenUp(f"the code of {function.__qualname__} has changed")
 
     def guarded(self, guard: Any) -> None:
         """The tracer has added `guard`."""
@@ -204,6 +216,9 @@ class ReadLog:
                 return f"{what} of {source.name} ({first_line(error)})"
         if len(set(alike.values())) < len(alike):
             return "containers that are one and the same"
+        for reference, code in self._noted_codes:
+            if (function := reference()) is not None and function.__code__ is not code:
+                return f"the code of {function.__qualname__}"
         return None
 
 
@@ -321,6 +336,7 @@ def noting(read_log: ReadLog) -> Iterator[None]:
 def install() -> None:
     """Note what is read on threads that are within `noting`. Other threads pay for a look."""
     add, wrap = GuardsSet.add, VariableBuilder.__call__
+    get_code, bind = UserFunctionVariable.get_code, UserFunctionVariable.bind_args
 
     @functools.wraps(add)
     def noted_add(self: Any, guard: Any, *, skip: int = 0, **how: Any) -> None:
@@ -340,5 +356,21 @@ def install() -> None:
         current.wrapped(self.source, value, result)
         return result
 
+    @functools.wraps(get_code)
+    def noted_get_code(self: Any) -> CodeType:
+        code = get_code(self)
+        if (current := log()) is not None and type(self.fn) is FunctionType:
+            current.inlined(self.fn, code)
+        return code
+
+    @functools.wraps(bind)
+    def noted_bind(self: Any, *args: Any, **keywords: Any) -> Any:
+        bound = bind(self, *args, **keywords)
+        if (current := log()) is not None:  # it has read the code past `get_code`
+            current.inlined(self.fn, self.fn.__code__)
+        return bound
+
     setattr(GuardsSet, "add", noted_add)  # noqa: B010
     setattr(VariableBuilder, "__call__", noted_wrap)  # noqa: B010
+    setattr(UserFunctionVariable, "get_code", noted_get_code)  # noqa: B010
+    setattr(UserFunctionVariable, "bind_args", noted_bind)  # noqa: B010

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.convert_frame import DynamoOutput
+from torch._dynamo.symbolic_convert import InliningInstructionTranslator
 
 import frame_swap
 from frame_swap.internals import read_log
@@ -68,6 +69,37 @@ def test_a_change_between_trace_and_guards(name: str, before_guards: list[Callab
     assert handed_over()
     change.undo(model.parts[0])
     assert same_as_eager(call, model, x)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("while_in", ["inline_call", "build_inline_tracer"])
+def test_code_that_is_replaced_only_while_its_function_is_inlined(
+    monkeypatch: pytest.MonkeyPatch, while_in: str
+) -> None:
+    """Before the trace, and when guards are built, the function has the code that it has now."""
+    change, model, x = CHANGES["a function's code"], Parts(1), torch.randn(4, 3)
+    stock = getattr(InliningInstructionTranslator, while_in)
+    changed: list[str] = []
+
+    def changed_meanwhile(parent: Any, function: Any, *args: Any, **keywords: Any) -> Any:
+        if changed or function.get_name() != "helper":
+            return stock(parent, function, *args, **keywords)
+        changed.append(while_in)
+        run_elsewhere(lambda: change.do(model.parts[0]))
+        try:
+            return stock(parent, function, *args, **keywords)
+        finally:
+            run_elsewhere(lambda: change.undo(model.parts[0]))
+
+    monkeypatch.setattr(InliningInstructionTranslator, while_in, staticmethod(changed_meanwhile))
+    call = compiled(model)
+    call(x)
+    frame_swap.wait()
+    assert changed, "nothing was captured"
+    assert same_as_eager(call, model, x)
+    frame_swap.wait()
+    assert same_as_eager(call, model, x)
+    assert handed_over()
 
 
 def fuzz(seed: int, toggles: int) -> Counter[str]:
