@@ -16,9 +16,9 @@ Guarantees:
   of a function that has died after the trace cannot change any more: the guards on its successor decide.
 - Other threads' traces are not noted.
 
-Assumed: what Dynamo reads is the code of a function, or goes through `VariableBuilder`, or a guard for it is added
-right then. What it reads past these once more, and the program changes before that and changes back after it, goes
-unnoticed.
+Assumed: what Dynamo reads is a value that goes through `VariableBuilder`, the code of a function that it inlines,
+or something that it adds a guard for right then. What it reads in another way once more goes unnoticed, if the
+program changes it before that and changes it back after it.
 """
 
 from __future__ import annotations

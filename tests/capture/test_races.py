@@ -81,7 +81,7 @@ def test_code_that_is_replaced_only_while_its_function_is_inlined(
     stock = getattr(InliningInstructionTranslator, while_in)
     changed: list[str] = []
 
-    def changed_meanwhile(parent: Any, function: Any, *args: Any, **keywords: Any) -> Any:
+    def inline_other_code(parent: Any, function: Any, *args: Any, **keywords: Any) -> Any:
         if changed or function.get_name() != "helper":
             return stock(parent, function, *args, **keywords)
         changed.append(while_in)
@@ -91,7 +91,7 @@ def test_code_that_is_replaced_only_while_its_function_is_inlined(
         finally:
             run_elsewhere(lambda: change.undo(model.parts[0]))
 
-    monkeypatch.setattr(InliningInstructionTranslator, while_in, staticmethod(changed_meanwhile))
+    monkeypatch.setattr(InliningInstructionTranslator, while_in, staticmethod(inline_other_code))
     call = compiled(model)
     call(x)
     frame_swap.wait()

@@ -18,11 +18,12 @@ _PROGRAM = """\
 import sys
 from frame_swap.artifacts.store.disk import Disk
 from frame_swap.artifacts.store.entry import Entry
-store = Disk(sys.argv[1], 1e9)
-claim = store.claim(64 * "a")
+folder, key = sys.argv[1:]
+store = Disk(folder, 1e9)
+claim = store.claim(key)
 print(claim is not None, flush=True)
 if sys.stdin.readline() == "put\\n":
-    store.put(64 * "a", Entry(b"compiled there", b"", b""))
+    store.put(key, Entry(b"compiled there", b"", b""))
 claim.release()
 print("released", flush=True)
 sys.stdin.readline()
@@ -56,7 +57,7 @@ class Holder:
 @contextmanager
 def holding(store: Disk) -> Iterator[Holder]:
     """Within the block, another process runs that has the claim to `KEY`."""
-    command = [sys.executable, "-c", _PROGRAM, store.folder]
+    command = [sys.executable, "-c", _PROGRAM, store.folder, KEY]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield Holder(process)
