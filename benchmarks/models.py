@@ -3,6 +3,7 @@
 The small ones have steps of milliseconds: what is measured is overhead. bert-4 has short steps, and compiling it
 hardly pays on a CPU. ViT-B, Mixer-B, ResNet-50 and Whisper's encoder have long steps (0.3 to 2 s on two cores), and
 compiling them pays. FCOS and Mask R-CNN break into many graphs, and are traced anew for other numbers of boxes.
+bert-base, vit-b-32, mixer-b-32, gpt2 and lennard-jones are for a GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,20 +51,20 @@ def _bert(layers: int, width: int, heads: int, batch: int, length: int) -> tuple
     return _FirstOutput(BertModel(config, add_pooling_layer=False)), _ids(batch, length)
 
 
-def _gpt2() -> tuple[nn.Module, Tensor]:
+def _gpt2(layers: int, width: int, heads: int, batch: int, length: int) -> tuple[nn.Module, Tensor]:
     from transformers import GPT2Config, GPT2Model
 
     config = GPT2Config(
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        n_positions=2 * length,
         use_cache=False,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
-    return _FirstOutput(GPT2Model(config)), _ids(2, 32)
+    return _FirstOutput(GPT2Model(config)), _ids(batch, length)
 
 
 def _vit() -> tuple[nn.Module, Tensor]:
@@ -110,10 +112,29 @@ class _ResidualBlock(nn.Module):
         return (x + self.second_norm(self.second(y))).relu()
 
 
-def _timm(name: str) -> tuple[nn.Module, Tensor]:
+def _timm(name: str, batch: int = 2) -> tuple[nn.Module, Tensor]:
     import timm
 
-    return timm.create_model(name), torch.rand(2, 3, 224, 224)
+    return timm.create_model(name), torch.rand(batch, 3, 224, 224)
+
+
+class _LennardJones(nn.Module):
+    """Predicts the energy of pairs of atoms from their distance, and the force as the energy's derivative.
+
+    The program is functorch's example of the Lennard-Jones potential: the Jacobian is part of the forward.
+    """
+
+    def __init__(self, width: int = 16, layers: int = 5) -> None:
+        super().__init__()
+        widths = [1, *[width] * layers]
+        hidden = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())]
+        self.energy = nn.Sequential(*hidden, nn.Linear(width, 1))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        distances = vectors.norm(dim=1, keepdim=True)
+        energies = torch.func.vmap(self.energy)(distances)
+        slopes = torch.func.vmap(torch.func.jacrev(self.energy))(distances).squeeze(-1)
+        return torch.cat([energies, -slopes * vectors / distances], dim=1)
 
 
 def _whisper_encoder() -> tuple[nn.Module, Tensor]:
@@ -152,14 +173,18 @@ _BUILDERS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "bert-tiny": functools.partial(_bert, 2, 64, 4, 2, 32),
     "bert-4": functools.partial(_bert, 4, 256, 4, 4, 64),
     "bert-base": functools.partial(_bert, 12, 768, 12, 16, 128),
-    "gpt2-tiny": _gpt2,
+    "gpt2-tiny": functools.partial(_gpt2, 2, 64, 4, 2, 32),
+    "gpt2": functools.partial(_gpt2, 12, 768, 12, 8, 256),
     "vit-tiny": _vit,
     "lstm-tiny": lambda: (_Lstm(64), torch.rand(8, 4, 64)),
     "resnet-block": lambda: (_ResidualBlock(32), torch.rand(4, 32, 14, 14)),
     "vit-b": functools.partial(_timm, "vit_base_patch16_224"),
+    "vit-b-32": functools.partial(_timm, "vit_base_patch16_224", 32),
     "mixer-b": functools.partial(_timm, "mixer_b16_224"),
+    "mixer-b-32": functools.partial(_timm, "mixer_b16_224", 32),
     "resnet-50": functools.partial(_timm, "resnet50"),
     "whisper-encoder": _whisper_encoder,
+    "lennard-jones": lambda: (_LennardJones(), torch.rand(1000, 3) + 0.5),
     "fcos": functools.partial(_detector, "fcos_resnet50_fpn"),
     "mask-rcnn": functools.partial(_detector, "maskrcnn_resnet50_fpn"),
 }

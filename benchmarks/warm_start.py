@@ -81,9 +81,9 @@ def run_arm(arm: str, model: str, train: bool) -> Run:
     result: Run = {"arm": arm, "first": ends[1] - ends[0], "second": ends[2] - ends[1]}
     if arm in OURS:
         import frame_swap
-        from frame_swap.farm.service import service
+        from frame_swap.farm.workers import workers
 
-        result["workers"] = len(service.worker_pids())
+        result["workers"] = len(workers.pids())
         rows = frame_swap.report().regions
         result["states"], result["loads"] = [row.state for row in rows], [row.load_s for row in rows]
         frame_swap.wait()

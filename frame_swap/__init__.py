@@ -1,11 +1,16 @@
 """torch.compile without the wait: eager at once, Inductor in the background, then the frame itself is rewritten.
 
 model = torch.compile(model, backend="frame_swap")
+
+To import this package is to start a worker: a process that gets ready to compile while the program gets ready to
+run. `FRAME_SWAP_DISABLE=1` starts none.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,10 +51,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for.
+    """Import what is asked for when it is asked for: `import frame_swap` is not to import torch.
 
-    A worker imports this package before it has lowered its priority, so that must cost nothing. And whoever
-    takes the backend or the decorator is about to use it: that is the earliest moment to start the workers.
+    Whoever takes the backend or the decorator is about to use it.
     """
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -60,3 +64,15 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _start_a_worker() -> None:
+    from .farm.workers import workers
+
+    workers.start()
+
+
+# A worker imports this package before it has lowered its priority: that must cost nothing. And our command line,
+# `python -m frame_swap`, compiles nothing itself.
+if not os.environ.get("FRAME_SWAP_WORKER") and sys.argv[:1] != ["-m"]:
+    _start_a_worker()

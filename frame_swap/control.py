@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .farm.service import service
 from .region import Report, capturing, records, wait_for_compiles
 from .serving.trampoline import Trampoline
 
@@ -25,7 +26,8 @@ def wait(timeout: float | None = None) -> Report:
 
     Returns the report; rows that are still pending when the time is up say so.
     """
-    wait_for_compiles(timeout)
+    with service.hurried():
+        wait_for_compiles(timeout)
     for trampoline in _trampolines():
         trampoline.install_unless_manual()
     return report()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..internals import inductor
+from ..internals import loading
 from ..runtime.patching import patched
 from . import folders
 
@@ -29,7 +29,7 @@ class NotInArtifact(RuntimeError):
 @contextlib.contextmanager
 def recorded() -> Iterator[Libraries]:
     """In a worker: gather the C++ libraries that Inductor compiles within the block. Complete at its end."""
-    cache = inductor.cpp_code_cache()
+    cache = loading.cpp_code_cache()
     compile_library = cache.load_async.__func__
     pending: dict[str, Callable[[], Any]] = {}
     libraries: Libraries = {}
@@ -42,7 +42,7 @@ def recorded() -> Iterator[Libraries]:
     with patched(cache, "load_async", classmethod(load_async)):
         yield libraries
     for digest, library in pending.items():
-        libraries[digest] = Path(inductor.cpp_library_file(library())).read_bytes()
+        libraries[digest] = Path(loading.cpp_library_file(library())).read_bytes()
 
 
 @contextlib.contextmanager
@@ -66,10 +66,10 @@ def supplied(libraries: Libraries) -> Iterator[None]:
             folders.check(folder)
             file = Path(folder, f"{digest}.so")
             file.write_bytes(libraries[digest])
-            library = inductor.load_cpp_library(cls, str(file), digest)
+            library = loading.load_cpp_library(cls, str(file), digest)
         return lambda: library
 
-    with patched(inductor.cpp_code_cache(), "load_async", classmethod(load_async)):
+    with patched(loading.cpp_code_cache(), "load_async", classmethod(load_async)):
         yield
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-from ..internals import dynamo, fake_tensors, inductor
+from ..internals import dynamo, fake_tensors, inductor, loading
 from ..shipping import echo
 from ..shipping.process_state import ProcessState
-from . import folders, libraries
+from . import folders, generated, libraries
 from .compiled import Compiled
 from .seal import seal, unseal
 from .wrappers.replacement import Replacement
@@ -19,10 +19,10 @@ def prepare() -> None:
 
     The import takes most of a second. It holds the compile lock, so that it does not run beside a trace.
     """
-    if inductor.loading_is_imported():
+    if loading.loading_is_imported():
         return
     with dynamo.compile_lock:
-        inductor.import_loading()
+        loading.import_loading()
 
 
 class Deferred:
@@ -41,7 +41,7 @@ class Deferred:
 
 
 def pack(entry: Any, kernels: libraries.Libraries) -> bytes:
-    """The sealed artifact of one compile.
+    """What one compile has made, pickled; for `try_out`.
 
     Args:
         entry: AOTAutograd's cache entry, in which the result of the compile is bundled.
@@ -49,16 +49,17 @@ def pack(entry: Any, kernels: libraries.Libraries) -> bytes:
     """
     if entry.serialized_bw_module is not None:
         entry.serialized_bw_module = Deferred(entry.serialized_bw_module)
-    return seal(pickle.dumps((entry, kernels)))
+    return pickle.dumps((entry, kernels))
 
 
-def try_out(artifact: bytes, state: ProcessState, options: dict[str, Any]) -> None:
-    """Load an artifact in the worker that made it, so that an artifact which crashes a process crashes the worker.
+def try_out(packed: bytes, state: ProcessState, options: dict[str, Any]) -> bytes:
+    """Load what `pack` has returned in the worker that made it; returns the sealed artifact.
 
-    Inductor forgets the modules that were loaded.
+    So an artifact that crashes a process crashes the worker. Inductor forgets the modules that were loaded.
     """
-    with inductor.loaded_modules_forgotten():
-        load(artifact, state, options, guarded=True)
+    with loading.loaded_modules_forgotten(), generated.recorded() as made:
+        _load(packed, state, options, guarded=True)
+    return seal(pickle.dumps((packed, made)))
 
 
 def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guarded: bool) -> Compiled:
@@ -78,13 +79,18 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guard
     PyTorch's own `deserialize_bundled_cache_entry` does the same; but it copies the entry, to be able to serialise
     it again, which we never do.
     """
-    content = unseal(artifact)
+    packed, made = pickle.loads(unseal(artifact))
+    with dynamo.compile_lock, generated.supplied(made):
+        return _load(packed, state, options, guarded=guarded)
+
+
+def _load(packed: bytes, state: ProcessState, options: dict[str, Any], *, guarded: bool) -> Compiled:
     config = inductor.inductor_config.patch({**state.configs["inductor"], **options})
     with dynamo.compile_lock, state.applied_to_thread(), config, folders.safe_caches():
-        entry, kernels = pickle.loads(content)
+        entry, kernels = pickle.loads(packed)
         entry.guards_expr = None  # late guards are evaluated by us: see guards/
         for direction in (entry.compiled_fw, entry.compiled_bw):
-            inductor.forget_metrics(direction)
+            loading.forget_metrics(direction)
         fake_mode = fake_tensors.FakeTensorMode(shape_env=fake_tensors.ShapeEnv())
         replacement = Replacement(entry, state.grad if guarded else None)
         with (
@@ -94,5 +100,5 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guard
             inductor.backward_before_forward(),
             replacement.applied(),
         ):
-            outermost = entry.wrap_post_compile([], entry.sanitized_aot_config, inductor.loading_options())
+            outermost = entry.wrap_post_compile([], entry.sanitized_aot_config, loading.loading_options())
         return replacement.result(outermost)

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import UnusableArtifact
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def made_for() -> dict[str, Any]:

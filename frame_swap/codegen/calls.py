@@ -17,11 +17,13 @@ from .bytecodes import (
     NULL_ABOVE,
     end_of_call,
     find,
+    from_code,
     in_order_of_call,
     load_global_as_constant,
     name_in,
     named,
     pop_jump_if,
+    to_code,
 )
 from .cleaning import clean
 from .conditions import Condition
@@ -46,12 +48,12 @@ class Target(NamedTuple):
 
 def call_constants(code: CodeType, callees: Mapping[str, object]) -> CodeType:
     """`code` with constants in place of the globals that `callees` names, and cleaned (see `cleaning`)."""
-    instructions = Bytecode.from_code(code)
+    instructions = from_code(code)
     for at in find(instructions, lambda i: i.name == "LOAD_GLOBAL" and name_in(i) in callees):
         load = cast(Instr, instructions[at])
         instructions[at : at + 1] = load_global_as_constant(load, callees[cast(str, name_in(load))])
     clean(instructions)
-    return instructions.to_code()
+    return to_code(instructions)
 
 
 def direct_calls(
@@ -83,7 +85,10 @@ def direct_calls(
     if len(unconditional) > 1 or any(target.condition is not None for target in unconditional):
         raise ValueError("a target without a condition must be the last one")
     otherwise = unconditional[0] if unconditional else Target(usual, None, None)
-    instructions = Bytecode.from_code(base)
+    if not targets:
+        consts = tuple(usual if _same(constant, placeholder) else constant for constant in base.co_consts)
+        return base.replace(co_consts=consts if keep is None else (*consts, _Kept(keep)))
+    instructions = from_code(base)
     for at in find(instructions, lambda i: i.name == "LOAD_CONST" and _same(i.arg, placeholder)):
         if recover is not None and targets:
             at += _recover_from_errors(instructions, at, recover)
@@ -95,7 +100,7 @@ def direct_calls(
             callee = otherwise.boxed
             _box_arguments(instructions, at)
         instructions[at] = Instr("LOAD_CONST", callee)
-    code = instructions.to_code()
+    code = to_code(instructions)
     kept = [c for c in base.co_consts if type(c) is _Kept]  # by this function, for another call of the frame
     kept += [] if keep is None else [_Kept(keep)]
     return code.replace(co_consts=(*code.co_consts, *kept)) if kept else code

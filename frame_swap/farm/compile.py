@@ -66,7 +66,7 @@ def _compile(request: Request, keep_echo: Callable[[bytes], None], remarks: list
         remarks: gets what the user should be warned of.
     """
     from ..artifacts import folders, libraries, load
-    from ..internals import dynamo, fake_tensors, inductor
+    from ..internals import dynamo, fake_tensors, inductor, tuning
     from ..shipping import echo, graph, parcel
 
     content = parcel.open_content(request.content)
@@ -102,6 +102,8 @@ def _compile(request: Request, keep_echo: Callable[[bytes], None], remarks: list
             fake_tensors.with_constant_floats(content.constant_floats),
             inductor.backward_before_forward(),
             inductor.serialisable(),
+            tuning.winners_kept(),
+            tuning.in_slices() if inductor.autotunes(options) else contextlib.nullcontext(),
         ):
             compiled: Any = inductor.stock_inductor(gm, inputs, options)
             entry = compiled.serialize()
@@ -109,8 +111,7 @@ def _compile(request: Request, keep_echo: Callable[[bytes], None], remarks: list
         packed = load.pack(entry, kernels)
         del compiled, entry, kernels
         place.note("loading what it had compiled")
-        load.try_out(packed, state, options)
-        return packed, pickle.dumps(late)
+        return load.try_out(packed, state, options), pickle.dumps(late)
 
 
 def _advice(failure: BaseException) -> str:

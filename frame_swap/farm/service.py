@@ -10,14 +10,13 @@ Guarantees:
 - `Job.cancel` never waits. A compile that has begun runs on in its worker; its outcome is dropped, and it is not
   tried again.
 - After an outcome is delivered, or its job cancelled, nothing here holds the artifact's bytes.
-- At exit nothing is waited for: workers are killed together with their compilers.
-- A forked child starts without workers and without jobs. It gets workers of its own when it needs them, and does
-  not touch its parent's. A fork waits while another thread starts workers.
+- At exit no outcome is waited for; see workers.py.
+- A forked child starts without jobs.
 - `Job.cancel` may be called anywhere, also from a finalizer: it takes no lock that the interrupted thread might
   hold and could not take again.
 
-Assumed: one lock guards which pool and which loader there are. The pool's own locks are taken under it; nothing
-that holds one of these asks for it. A user's executor gives its own guarantees: nothing is tried again there.
+Assumed: one lock guards which loader there is, and how many wait. A user's executor gives its own guarantees:
+nothing is tried again there.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 from .. import settings
 from ..artifacts import load
 from ..errors import first_line
-from ..runtime import machine
+from ..internals import dynamo, probe
+from ..runtime import forks, machine
 from ..shipping.parcel import Parcel
 from .compile import compile_graph
-from .local.pool import Pool, busy, kill_all
-from .local.process import Lost, Terms, register_at_exit
+from .local.pool import busy
+from .local.process import Lost, register_at_exit
 from .protocol import Outcome, Request
 from .queue import NO_CALLS, Demand
 from .reuse import Place, uses
 from .single_flight import SingleFlight, Wanted
+from .workers import wanted_here, workers
 
 log = logging.getLogger(__name__)
 
@@ -112,33 +111,30 @@ class Service:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._pool: Pool | None = None
         self._loader: ThreadPoolExecutor | None = None
         self._flight = SingleFlight()
         self._asked = 0
         self._waits_for_leisure = False
         self._prepares_loading = False
+        self._in_a_hurry = 0
         self._stopped = False
 
     def start(self) -> None:
-        """Start the workers and return at once: they import torch while the program runs on.
+        """Get ready for the first compile, and return at once: the program is about to use frame-swap.
 
-        The first compile starts them instead where `capture="background"` is to keep the first calls fast, and
-        where the store has all that the program's last run has used: that is loaded ahead.
+        A worker imports torch while the program runs on. Where the store has all that the program's last run has
+        used, that is loaded ahead, and the worker is not needed.
         """
-        now = settings.current()
-        # Start none in a child of multiprocessing: a DataLoader's worker only imports the user's module, and while
-        # a spawned child imports it, the child must not start processes.
-        importing = getattr(multiprocessing.current_process(), "_inheriting", False)
-        if settings.disabled() or multiprocessing.parent_process() is not None or importing:
+        if not wanted_here():
             return
-        all_there = now.when != "never" and uses.prepare(self._load_soon)
+        all_there = settings.current().when != "never" and uses.prepare(self._load_at_once)
         if uses.unfinished and not self._waits_for_leisure:
             self._waits_for_leisure = True
             self._at_leisure()
-        if not all_there and now.executor is None and now.capture != "background":
-            with contextlib.suppress(OSError, RuntimeError):  # the first compile will say so
-                self._own_pool().start()
+        if all_there:
+            workers.make_way()
+        else:
+            workers.start()
 
     def _at_leisure(self) -> None:
         """Once nothing was compiled for a while, compile what the last run has not waited for, one by one."""
@@ -163,9 +159,8 @@ class Service:
 
         They import torch, or look for vector instructions, where it needs the cores. The next compile starts them.
         """
-        pool = self._pool
-        if pool is not None and machine.crowded_by(pool.terms.size):
-            pool.end_idle()
+        if machine.crowded_by(settings.current().workers):
+            workers.make_way()
 
     def submit(
         self,
@@ -192,7 +187,7 @@ class Service:
         def start() -> Future[Outcome]:
             if executor is not None:
                 return executor.submit(compile_parcel)
-            return self._submit_to_pool(compile_parcel, lambda: job.wanted, demand)
+            return workers.submit(compile_parcel, lambda: job.wanted, demand)
 
         try:
             if place is None:
@@ -210,6 +205,17 @@ class Service:
             job._future.add_done_callback(functools.partial(self._done, job))
         return job
 
+    @contextlib.contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Within the block the program waits for compiles: what is loaded meanwhile is loaded without rests."""
+        with self._lock:
+            self._in_a_hurry += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_a_hurry -= 1
+
     @property
     def compiling(self) -> bool:
         """Whether workers of frame-swap's own have something to compile."""
@@ -220,53 +226,18 @@ class Service:
         """Whether the interpreter is on its way out."""
         return self._stopped
 
-    def worker_pids(self) -> list[int]:
-        """PIDs of frame-swap's own workers."""
-        pool = self._pool
-        return pool.pids() if pool is not None else []
-
     def stop(self) -> None:
-        """End the workers now, without waiting for what they compile."""
+        """Deliver nothing any more."""
         with self._lock:
             self._stopped = True
-            self._pool = None
             loader, self._loader = self._loader, None
         if loader is not None:
             loader.shutdown(wait=False, cancel_futures=True)
-        kill_all()
 
     def forget(self) -> None:
-        """In a forked child: start over, leaving the parent's workers to the parent."""
+        """In a forked child: start over."""
         self._flight.forget()
         self.__init__()  # type: ignore[misc]
-
-    def _submit_to_pool(
-        self,
-        call: Callable[[], Any],
-        wanted: Callable[[], bool] = lambda: True,
-        demand: Demand = NO_CALLS,
-    ) -> Future[Any]:
-        with self._lock:  # so that no other thread retires the pool meanwhile
-            return self._own_pool().submit(call, settings.current().job_timeout, wanted, demand)
-
-    def _own_pool(self) -> Pool:
-        wished = settings.current()
-        terms = Terms(
-            wished.workers,
-            wished.idle_timeout,
-            wished.memory_limit * 1e9,
-            machine.compilers_per_worker(wished.workers),
-        )
-        with self._lock:
-            if self._stopped:
-                raise RuntimeError("the interpreter is shutting down")
-            if self._pool is not None and self._pool.terms != terms:
-                self._pool.retire()  # jobs that were submitted are still finished and delivered
-                self._pool = None
-            if self._pool is None:
-                self._pool = Pool(terms)
-                _stop_at_exit()
-            return self._pool
 
     def _done(self, job: Job, future: Future[Outcome]) -> None:
         if self._stopped or not job.wanted:
@@ -290,6 +261,10 @@ class Service:
                 timer.start()
 
     def _load_soon(self, call: Callable[[], None]) -> None:
+        """Have the loader thread call it, with rests: the program makes its steps meanwhile."""
+        self._load_at_once(functools.partial(machine.with_rests, call, lambda: self._in_a_hurry > 0))
+
+    def _load_at_once(self, call: Callable[[], None]) -> None:
         with self._lock:
             if self._stopped:
                 return
@@ -327,9 +302,11 @@ service = Service()
 
 @functools.cache
 def _stop_at_exit() -> None:
-    # Hooks run in reverse order: this one runs before those of concurrent.futures and loky, which wait for work.
+    # Hooks run in reverse order: this one runs before that of concurrent.futures, which waits for the loader.
     register_at_exit(service.stop)
 
 
+if probe.missing() is None:
+    forks.add_dynamos(dynamo.compile_lock)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=service.forget)

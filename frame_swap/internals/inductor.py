@@ -29,33 +29,28 @@ with names_looked_up():
     from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
 
 __all__ = [
+    "AUTOTUNING",
     "asks_for_cudagraphs",
+    "autotunes",
     "backward_before_forward",
     "caches_are_off",
     "changed_configs",
-    "cpp_code_cache",
     "cpp_compilers",
-    "cpp_library_file",
     "default_cache_name",
     "find_vector_instructions",
-    "forget_metrics",
     "forget_written_files",
     "functorch_config",
     "import_compiling",
-    "import_loading",
     "inductor_config",
-    "is_compiled_graph",
     "is_scheduler_node",
-    "load_cpp_library",
-    "loaded_modules_forgotten",
-    "loading_is_imported",
-    "loading_options",
     "metrics",
     "options_of",
     "patch_configs",
     "prepare_cudagraphs",
+    "prepare_for_gpu",
     "serialisable",
     "stock_inductor",
+    "wrap_compilers",
 ]
 
 
@@ -110,6 +105,20 @@ def cpp_compilers() -> list[str]:
 def asks_for_cudagraphs(options: dict[str, Any]) -> bool:
     """Whether a compile with these changes of Inductor's config uses CUDA graphs."""
     return bool(options.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
+AUTOTUNING = (
+    "max_autotune",
+    "max_autotune_gemm",
+    "max_autotune_pointwise",
+    "coordinate_descent_tuning",
+)
+"""Switches of Inductor's config that make it time many kernels for one."""
+
+
+def autotunes(options: dict[str, Any]) -> bool:
+    """Whether a compile with these changes of Inductor's config times many kernels for one."""
+    return any(options.get(name, getattr(inductor_config, name)) for name in AUTOTUNING)
 
 
 def prepare_cudagraphs(options: dict[str, Any]) -> None:
@@ -194,76 +203,6 @@ def default_cache_name() -> str:
     return os.path.basename(default_cache_dir())
 
 
-# --- Loading ---
-
-_LOADING = "torch._inductor.select_algorithm"
-
-
-def loading_is_imported() -> bool:
-    """Whether the modules that loading needs are imported, or are being imported by another thread."""
-    return _LOADING in sys.modules
-
-
-def import_loading() -> None:
-    """Import the modules that loading needs; this takes most of a second."""
-    importlib.import_module(_LOADING)
-
-
-def loading_options() -> dict[str, Any]:
-    """The argument `fx_config` of `wrap_post_compile`, for an artifact whose forward has not run."""
-    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
-    from torch._inductor.utils import BoxedBool
-
-    return {
-        "cudagraphs": BoxedBool(inductor_config.triton.cudagraphs),
-        "boxed_forward_device_index": BoxedDeviceIndex(None),
-    }
-
-
-def is_compiled_graph(value: Any) -> bool:
-    """Whether `value` is Inductor's object for one compiled direction."""
-    from torch._inductor.output_code import CompiledFxGraph
-
-    return isinstance(value, CompiledFxGraph)
-
-
-def forget_metrics(direction: Any) -> None:
-    """Clear the metrics of one direction, which would count its load as a compile."""
-    from torch._inductor.metrics import CachedMetricsDeltas, get_metric_fields
-
-    if hasattr(direction, "result") and hasattr(direction.result, "metrics_deltas"):
-        direction.result.metrics_deltas = CachedMetricsDeltas(**dict.fromkeys(get_metric_fields(), 0))
-        direction.result.counter_deltas.clear()
-
-
-@contextlib.contextmanager
-def loaded_modules_forgotten() -> Iterator[None]:
-    """After the block, remove the generated modules that it loaded from Inductor's list."""
-    from torch._inductor.codecache import PyCodeCache
-
-    known = len(PyCodeCache.modules)
-    yield
-    del PyCodeCache.modules[known:]
-
-
-def cpp_code_cache() -> Any:
-    """The class whose `load_async` compiles C++ kernels, or finds them in a cache, and loads their library."""
-    from torch._inductor.codecache import CppCodeCache
-
-    return CppCodeCache
-
-
-def load_cpp_library(cache: Any, file: str, key: str) -> Any:
-    """Load a shared library as `cache` does: the class from `cpp_code_cache`, or a class derived from it."""
-    return cache._load_library(file, key)
-
-
-def cpp_library_file(library: Any) -> str:
-    """The path of a shared library that Inductor has loaded, as an extension module or with ctypes."""
-    file: str = getattr(library, "__file__", None) or library._name
-    return file
-
-
 @contextlib.contextmanager
 def serialisable() -> Iterator[None]:
     """Within the block, `stock_inductor` returns callables that can be serialised, by way of Inductor's caches."""
@@ -303,6 +242,39 @@ def is_scheduler_node(value: Any) -> bool:
 def import_compiling() -> None:
     """Import the modules that compiling needs; this takes seconds."""
     import torch._inductor.compile_fx  # noqa: F401
+
+
+def prepare_for_gpu() -> None:
+    """Do ahead what each compile for a GPU does first: hash torch's and Triton's sources, start the compilers.
+
+    It takes no memory of a GPU.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import torch_key
+    from torch._inductor.runtime import triton_compat
+
+    AsyncCompile.wakeup()
+    torch_key()
+    if triton_compat.HAS_TRITON:
+        triton_compat.triton_key()
+
+
+def wrap_compilers(call: Callable[..., Any]) -> None:
+    """From now on, in this process, Inductor runs each compiler of C++ and Triton by way of `call`.
+
+    Args:
+        call: gets a function and its arguments, and returns what it returns; importable, since Triton's compiler
+            runs in further processes.
+    """
+    async_compile: Any = importlib.import_module("torch._inductor.async_compile")
+    compilers = async_compile.AsyncCompile
+    submit = vars(compilers)["submit"].__func__
+
+    def submit_wrapped(cls: Any, task: Callable[..., Any]) -> Any:
+        return submit(cls, functools.partial(call, task))
+
+    compilers.submit = classmethod(submit_wrapped)
+    async_compile._worker_compile_triton = functools.partial(call, async_compile._worker_compile_triton)
 
 
 def find_vector_instructions() -> None:

@@ -21,15 +21,14 @@ import os
 import threading
 from typing import Any
 
-from ..internals import dynamo, probe
 from .locks import acquire_each
 
 PATIENCE = 10.0
 """Loading takes a tenth of this. A fork that has waited for so long goes ahead."""
 
-_dynamos: list[Any] = [dynamo.compile_lock] if probe.missing() is None else []
-_locks = [*_dynamos]  # reentrant, as those are that `lock` makes
-_own = threading.local()  # `taken`: for each of `_locks`, whether this thread's fork has got it
+_dynamos: list[Any] = []
+_locks: list[Any] = []  # reentrant
+_own = threading.local()  # `locks` of this thread's fork, and `taken`: for each, whether it has got it
 
 
 def lock() -> Any:
@@ -39,21 +38,28 @@ def lock() -> Any:
     return new
 
 
+def add_dynamos(lock: Any) -> None:
+    """From now on a fork takes Dynamo's compile lock, before all others."""
+    if lock not in _dynamos:
+        _dynamos.append(lock)
+        _locks.insert(0, lock)
+
+
 def _before() -> None:
     taken: list[bool] = []
-    _own.taken = taken
-    acquire_each(_locks, taken, timeout=PATIENCE)
+    _own.locks, _own.taken = list(_locks), taken
+    acquire_each(_own.locks, taken, timeout=PATIENCE)
 
 
 def _after_in_parent() -> None:
-    for lock, taken in zip(_locks, _own.taken, strict=False):  # an interrupt has spared the rest
+    for lock, taken in zip(_own.locks, _own.taken, strict=False):  # an interrupt has spared the rest
         if taken:
             lock.release()
 
 
 def _after_in_child() -> None:
     _after_in_parent()
-    for lock, taken in zip(_locks, _own.taken, strict=False):
+    for lock, taken in zip(_own.locks, _own.taken, strict=False):
         if not taken and lock not in _dynamos:
             lock._at_fork_reinit()
 

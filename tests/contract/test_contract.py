@@ -277,7 +277,7 @@ def imported_by_a_worker(root: Path) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root), "FRAME_SWAP_WORKER": "1"},
         capture_output=True,
         text=True,
         check=True,

@@ -11,8 +11,9 @@ from faults.harness import fresh_workers
 from faults.moments import Moment
 
 import frame_swap
-from frame_swap import State, delivery
+from frame_swap import State
 from frame_swap.farm.local.process import Process
+from frame_swap.farm.workers import workers
 from frame_swap.internals import inductor
 from frame_swap.runtime import machine
 
@@ -36,7 +37,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     inner = inductor.stock_inductor
 
     def counting(*args: Any) -> Callable[..., Any]:
-        counts.append(len(delivery.service.worker_pids()))
+        counts.append(len(workers.pids()))
         return inner(*args)
 
     monkeypatch.setattr(inductor, "stock_inductor", counting)
@@ -74,8 +75,8 @@ def test_an_idle_worker_makes_way_where_cores_are_few(
     cpus: int, left: int, seen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "usable_cpus", lambda: cpus)
-    delivery.service.start()
-    assert len(delivery.service.worker_pids()) == 1  # it imports torch
+    workers.start()
+    assert len(workers.pids()) == 1  # it imports torch
     compile_in_foreground()
     assert seen == [left]
 

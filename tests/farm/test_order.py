@@ -20,6 +20,7 @@ from frame_swap import State, delivery
 from frame_swap.farm import service
 from frame_swap.farm.local.pool import Pool
 from frame_swap.farm.queue import Demand
+from frame_swap.farm.workers import workers
 
 pytestmark = pytest.mark.fast
 
@@ -124,13 +125,13 @@ def test_the_next_one_comes_where_a_compile_was_lost(busy: Moment, monkeypatch: 
 def test_when_the_pool_is_killed_nothing_waits_for_ever(busy: Moment) -> None:
     """As at exit."""
     kept = compiled(lambda x: x.sin())
-    (pool,) = [delivery.service._pool]
+    (pool,) = [workers.pool]
     assert pool is not None
     pool.kill()
     busy.release()
     frame_swap.wait(timeout=60)
     assert {region.state for region in live(frame_swap.report())} == {State.FAILED}
-    delivery.service._pool = None
+    workers.pool = None
     del kept
 
 

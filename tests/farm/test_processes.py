@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-import frame_swap
-
 pytestmark = pytest.mark.fast
 
 WATCH = """
@@ -86,14 +84,52 @@ def test_a_worker_does_not_run_the_users_main(tmp_path: Path, run_program: Any) 
     assert (tmp_path / "runs").read_text() == "x"
 
 
-def test_workers_start_when_the_backend_is_named_and_not_before(run_program: Any) -> None:
+STARTED = """
+    import sys
+    import frame_swap
+    from frame_swap.farm.workers import workers
+    print(len(workers.pids()), "torch" in sys.modules)
+"""
+
+
+def test_the_import_starts_one_worker_and_imports_no_torch(run_program: Any) -> None:
+    assert run_program(STARTED, FRAME_SWAP_WORKERS="2").stdout.split() == ["1", "False"]
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [("DISABLE", "1"), ("WHEN", "never"), ("CAPTURE", "background"), ("WORKERS", "none"), ("WORKER", "1")],
+)
+def test_the_import_starts_none_where_none_is_wanted(variable: tuple[str, str], run_program: Any) -> None:
+    """`WORKER` is what a worker has; settings that cannot be used are reported where they are used."""
+    assert run_program(STARTED, **{f"FRAME_SWAP_{variable[0]}": variable[1]}).stdout.split() == ["0", "False"]
+
+
+def test_the_command_line_starts_none(run_program: Any) -> None:
     done = run_program(
         """
-        import psutil, torch, frame_swap
-        before = len(psutil.Process().children())
-        torch.compile(lambda x: x, backend="frame_swap")
-        from frame_swap.farm.service import service
-        print(before, len(service.worker_pids()))
+        import runpy, subprocess, sys
+        code = "import psutil; print(len(psutil.Process().children()))"
+        sys.argv = ["-m"]  # as while Python looks for the module to run
+        import frame_swap
+        exec(code)
         """
     )
-    assert done.stdout.split() == ["0", str(frame_swap.runtime.machine.default_workers())]
+    assert done.stdout.split() == ["0"]
+
+
+def test_a_worker_that_has_nothing_to_do_outlives_a_change_of_settings(run_program: Any) -> None:
+    done = run_program(
+        """
+        import frame_swap
+        from frame_swap.farm.workers import workers
+        (first,) = workers.pids()
+        frame_swap.configure(workers=1, idle_timeout=200)
+        workers.start()
+        print(workers.pids() == [first])
+        frame_swap.configure(memory_limit=50)
+        workers.start()
+        print(workers.pids() == [first])
+        """
+    )
+    assert done.stdout.split() == ["True", "False"]

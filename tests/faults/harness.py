@@ -21,8 +21,9 @@ import torch
 from helpers import live
 
 import frame_swap
-from frame_swap import FrameSwapWarning, Region, State, delivery
+from frame_swap import FrameSwapWarning, Region, State
 from frame_swap.farm.local import pool, worker
+from frame_swap.farm.workers import workers
 
 from . import VARIABLE, Fault, inject
 
@@ -38,7 +39,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> Fault:
 def fresh_workers() -> None:
     """End all workers of this process, and the pool's threads; the next compile starts new ones."""
     pools = list(pool._all)
-    delivery.service._pool = None
+    workers.pool = None
     pool.kill_all()
     for old in pools:
         old._threads.shutdown()
@@ -94,8 +95,8 @@ def one_warning(*words: str) -> Iterator[None]:
 @contextlib.contextmanager
 def nothing_left_behind() -> Iterator[None]:
     """Assert that the block leaves no process, thread, file handle or file once its workers have ended."""
-    delivery.service.start()  # with its first worker loky starts what it keeps until the program ends
-    assert delivery.service.worker_pids()
+    workers.start()  # with its first worker loky starts what it keeps until the program ends
+    assert workers.pids()
     fresh_workers()
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):
         before = held()

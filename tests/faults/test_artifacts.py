@@ -20,6 +20,7 @@ import frame_swap
 from frame_swap import State, delivery, errors
 from frame_swap.artifacts import load, seal
 from frame_swap.farm.protocol import Outcome
+from frame_swap.farm.workers import workers
 
 from .harness import survives
 
@@ -40,7 +41,7 @@ class Damaging:
             assert outcome.artifact is not None
             damaged.set_result(dataclasses.replace(outcome, artifact=self._damage(outcome.artifact)))
 
-        delivery.service._submit_to_pool(call).add_done_callback(pass_on)
+        workers.submit(call).add_done_callback(pass_on)
         return damaged
 
 
@@ -139,4 +140,4 @@ def idle() -> None:
     if loader is not None:
         loader.submit(int).result()
     frame_swap.configure(executor=None)
-    delivery.service._submit_to_pool(int).result()
+    workers.submit(int).result()

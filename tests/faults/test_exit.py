@@ -18,7 +18,7 @@ from faults.moments import HANG
 
 PENDING = """
     import os, sys, time, torch, frame_swap
-    from frame_swap.farm.service import service
+    from frame_swap.farm.workers import workers
     compiled = torch.compile(lambda x: (x.sin() @ x).relu(), backend="frame_swap")
     compiled(torch.randn(32, 32))
     assert [str(r.state) for r in frame_swap.report().regions] == ["pending"]
@@ -43,7 +43,7 @@ def start(ending: str, compiler: Path) -> subprocess.Popen[str]:
         f"""
     while not os.path.exists({str(pids)!r}) or open({str(pids)!r}).read().count("\\n") < 2:
         time.sleep(0.01)
-    print(*service.worker_pids(), flush=True)
+    print(*workers.pids(), flush=True)
     sys.stdin.readline()
     print(time.time(), flush=True)
     {ending}
@@ -100,7 +100,7 @@ def test_an_end_in_the_middle_of_a_compile(
     "another",
     [
         pytest.param("frame_swap.configure(workers=2)", marks=pytest.mark.long),
-        "os.kill(service.worker_pids()[0], 9)",
+        "os.kill(workers.pids()[0], 9)",
     ],
 )
 def test_the_end_with_another_pool_than_the_first(another: str, run_program: Any) -> None:
@@ -117,8 +117,8 @@ def test_the_end_with_another_pool_than_the_first(another: str, run_program: Any
     frame_swap.configure(delay=600)
     compiled = torch.compile(lambda x: (x.tan() @ x).relu(), backend="frame_swap")
     compiled(torch.randn(32, 32))
-    while not (workers := service.worker_pids()):
+    while not (pids := workers.pids()):
         pass
-    os.kill(workers[0], 19)  # SIGSTOP: the compile takes for ever
+    os.kill(pids[0], 19)  # SIGSTOP: the compile takes for ever
     """
     )

@@ -23,6 +23,7 @@ PROGRAM = """
     from frame_swap.artifacts import load
     from frame_swap.farm.local import pool
     from frame_swap.farm.service import Service, service
+    from frame_swap.farm.workers import workers
     from frame_swap.frames import cache_entry
 
     def f(x):
@@ -66,14 +67,14 @@ PROGRAM = """
             try:
                 child()
             finally:
-                service.stop()
+                workers.stop()
                 sys.stdout.flush()
                 os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0, "the child failed"
 
     def executor():
         '''loky's, of a worker.'''
-        return next(iter(service._pool._processes))._executor
+        return next(iter(workers.pool._processes))._executor
 
     def stopped(owner, name, after=False):
         '''Another thread's next call of `owner.name` stops there; until it is released, or a fork begins.'''
@@ -152,7 +153,7 @@ MOMENTS = {
     # Another thread has started a worker, and has not put it on its pool's list yet.
     "the start of workers": (
         "pool.Process, '__init__', after=True",
-        "frame_swap.configure(workers=2); in_background(service.start)",
+        "frame_swap.configure(workers=2); in_background(workers.start)",
     ),
 }
 

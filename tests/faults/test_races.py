@@ -23,6 +23,7 @@ import frame_swap
 from faults.moments import HANG, Canned, InBackground, Moment, interrupted
 from frame_swap import State, backend, delivery, region
 from frame_swap.artifacts import load
+from frame_swap.farm.workers import workers
 from frame_swap.frames import cache_entry
 from frame_swap.internals import dynamo
 from frame_swap.shipping import parcel
@@ -90,7 +91,7 @@ class Held(Executor):
         self._held: list[tuple[Future[Any], Future[Any]]] = []
 
     def submit(self, call: Callable[[], Any], /, *args: Any, **keywords: Any) -> Future[Any]:  # type: ignore[override]
-        self._held.append((delivery.service._submit_to_pool(call), Future()))
+        self._held.append((workers.submit(call), Future()))
         return self._held[-1][1]
 
     def release(self) -> None:
@@ -270,7 +271,7 @@ def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works() -> None
         "/call_site.py",
         "/cache_entry.py",
     )
-    frame_swap.configure(executor=Canned(delivery.service._submit_to_pool))
+    frame_swap.configure(executor=Canned(workers.submit))
     for at in itertools.count():
         torch._dynamo.reset()
         program = Program()
@@ -360,7 +361,7 @@ def test_another_thread_races_with_the_calls(event: str) -> None:
         "swap": lambda p: frame_swap.swap(),
     }
     if event not in ("recompile", "global"):  # what they compile is another graph
-        frame_swap.configure(executor=Canned(delivery.service._submit_to_pool))
+        frame_swap.configure(executor=Canned(workers.submit))
     for _ in range(5):
         torch._dynamo.reset()
         program = Program()

@@ -15,6 +15,7 @@ import torch
 import frame_swap
 from frame_swap import State, delivery, errors
 from frame_swap.artifacts import folders, libraries
+from frame_swap.farm.workers import workers
 
 from .harness import fresh_workers, one_warning, works
 
@@ -237,10 +238,10 @@ def _accepts(pid: int, handle: int) -> bool:
 
 def test_nothing_listens() -> None:
     works(lambda x: x.sin() + 33)
-    workers = delivery.service.worker_pids()
-    assert workers
-    assert sockets_of(os.getpid(), *workers) == []
-    pipes = [os.readlink(f"/proc/{workers[0]}/fd/{fd}") for fd in (0, 1, 2)]
+    pids = workers.pids()
+    assert pids
+    assert sockets_of(os.getpid(), *pids) == []
+    pipes = [os.readlink(f"/proc/{pids[0]}/fd/{fd}") for fd in (0, 1, 2)]
     assert pipes == [os.devnull] * 3
 
 
@@ -255,8 +256,8 @@ def test_what_listens_is_seen(family: socket.AddressFamily, tmp_path: Path) -> N
 
 def test_what_a_worker_is_sent_is_for_this_user_alone() -> None:
     fresh_workers()
-    delivery.service.start()
-    assert delivery.service.worker_pids()
-    (process, *_) = delivery.service._pool._processes
+    workers.start()
+    assert workers.pids()
+    (process, *_) = workers.pool._processes
     folders.check(process.folder)
     assert stat.S_IMODE(os.stat(process.folder).st_mode) == 0o700

@@ -20,7 +20,8 @@ import torch
 from helpers import live
 
 import frame_swap
-from frame_swap import State, delivery
+from frame_swap import State
+from frame_swap.farm.workers import workers
 
 from . import VARIABLE, Fault
 from .harness import fresh_workers, nothing_left_behind, plant, survives, works
@@ -129,10 +130,10 @@ def test_what_nobody_wants_any_more_is_not_tried_again(faulty: Callable[..., Fau
     (region,) = live(frame_swap.report())
     wait_for(lambda: fault.hits == 1)
     region.abandon()
-    (pid,) = delivery.service.worker_pids()
+    (pid,) = workers.pids()
     os.kill(pid, 9)
-    delivery.service._pool.retire()
-    (thread,) = delivery.service._pool._threads._threads
+    workers.pool.retire()
+    (thread,) = workers.pool._threads._threads
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert (region.state, fault.hits) == (State.STALE, 1)
@@ -141,7 +142,7 @@ def test_what_nobody_wants_any_more_is_not_tried_again(faulty: Callable[..., Fau
 RETRYING = """
     import os, pathlib, threading, torch, frame_swap
     from frame_swap.farm.local import worker
-    from frame_swap.farm.service import service
+    from frame_swap.farm.workers import workers
     from faults import inject
     worker.initialize = inject.initialize
     torch.set_num_threads(1)  # OpenMP does not survive a fork
@@ -151,7 +152,7 @@ RETRYING = """
     # The first attempt is lost, and the second is on its way.
     while len(list(pathlib.Path({marks!r}).glob("hit-*"))) < 2:
         threading.Event().wait(0.05)
-    print(frame_swap.report().regions[0].state, *service.worker_pids(), flush=True)
+    print(frame_swap.report().regions[0].state, *workers.pids(), flush=True)
 """
 
 
@@ -178,17 +179,17 @@ def test_a_fork_during_a_second_attempt(run_program: Any, tmp_path: Path) -> Non
     program += textwrap.dedent("""
         if os.fork() == 0:
             worker.initialize = inject.initialize_worker
-            print(service.worker_pids(), flush=True)
+            print(workers.pids(), flush=True)
             torch.testing.assert_close(compiled(x), x.sin() + 1)
             other = torch.compile(lambda x: x.sin() + 2, backend="frame_swap")
             other(x)
             print(*(region.state for region in frame_swap.wait(timeout=200).regions), flush=True)
             torch.testing.assert_close(other(x), x.sin() + 2)
-            service.stop()
+            workers.stop()
             os._exit(0)
         os.wait()
         torch.testing.assert_close(compiled(x), x.sin() + 1)
-        print(frame_swap.report().regions[0].state, *service.worker_pids(), flush=True)
+        print(frame_swap.report().regions[0].state, *workers.pids(), flush=True)
     """)
     before, forked, child, after = run_program(program, **environment).stdout.splitlines()
     assert (forked, child) == ("[]", "failed installed")
@@ -213,7 +214,7 @@ def test_a_hang_that_keeps_the_gil_leaves_its_traceback_in_the_log(
 
     def time_is_up() -> None:
         wait_for(lambda: fault.hits == 1)
-        (process,) = delivery.service._pool._processes
+        (process,) = workers.pool._processes
         process.expire()
 
     threading.Thread(target=time_is_up).start()
@@ -303,11 +304,11 @@ def test_an_artifact_that_crashes_who_loads_it_crashes_the_worker(faulty: Callab
 
 def test_idle_workers_end_and_come_back() -> None:
     frame_swap.configure(idle_timeout=0.1)
-    delivery.service.start()
-    assert len(delivery.service.worker_pids()) == 1
-    wait_for(lambda: not delivery.service.worker_pids())
+    workers.start()
+    assert len(workers.pids()) == 1
+    wait_for(lambda: not workers.pids())
     works(lambda x: x.sin() + 15)
-    wait_for(lambda: not delivery.service.worker_pids())
+    wait_for(lambda: not workers.pids())
 
 
 def runs(pid: int) -> bool:

@@ -23,6 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 import frame_swap
 from frame_swap import FrameSwapWarning, Region, State, delivery
 from frame_swap.farm.protocol import Outcome
+from frame_swap.farm.workers import workers
 from frame_swap.internals import dynamo
 from frame_swap.region import Attempt, Event, Purpose, records
 from frame_swap.serving.trampoline import Trampoline
@@ -214,7 +215,7 @@ class Tampering:
         def pass_on(done: Future[Outcome]) -> None:
             changed.set_result(dataclasses.replace(done.result(), **self._tamper(done.result())))
 
-        delivery.service._submit_to_pool(call).add_done_callback(pass_on)
+        workers.submit(call).add_done_callback(pass_on)
         return changed
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import os
+import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -17,10 +20,9 @@ from torch._inductor.utils import fresh_cache
 
 import frame_swap
 from frame_swap import FrameSwapWarning, State, backend, delivery, errors
+from frame_swap.farm.workers import workers
 from frame_swap.frames import cache_entry
 from frame_swap.internals import aot, dynamo
-from frame_swap.shipping.parcel import Parcel
-from frame_swap.shipping.process_state import ProcessState
 
 pytestmark = pytest.mark.fast
 
@@ -174,10 +176,18 @@ def test_a_delay_holds_back_what_is_finished() -> None:
     assert region.installed_at - region.compile_span[1] >= 1.0
 
 
-def test_two_workers_compile_two_graphs_at_once() -> None:
+def meet(folder: Path) -> None:
+    """Wait until a second process has come here."""
+    Path(folder, str(os.getpid())).touch()
+    end = time.monotonic() + 200
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_two_workers_compile_two_graphs_at_once(tmp_path: Path) -> None:
     frame_swap.configure(workers=2)
-    nothing = Parcel(b"", b"", ProcessState.capture(set()), {}, "")
-    delivery.service.submit(nothing, lambda outcome: None)  # starts both; they come up together
+    for both_are_up in [workers.submit(functools.partial(meet, tmp_path)) for _ in range(2)]:
+        both_are_up.result()
     for function in (lambda x: (x.sin() @ x).relu(), lambda x: (x.cos() @ x).tanh()):
         torch.compile(function, backend="frame_swap")(torch.randn(16, 16))
     first, second = live(frame_swap.wait())

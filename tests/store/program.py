@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from program import test_models
 
 import frame_swap
-from frame_swap.farm.service import service
+from frame_swap.farm.workers import workers
 from frame_swap.ui import demo
 from store import operator_of_a_module
 
@@ -185,12 +185,12 @@ def main() -> None:
     calls = PROGRAMS[sys.argv[1]]()
     results = [[digest(call()) for call in calls]]
     first = frame_swap.report().as_dict()["regions"]
-    workers, traced = len(service.worker_pids()), traces
+    started, traced = len(workers.pids()), traces
     frame_swap.wait()
     results.append([digest(call()) for call in calls])
     frame_swap.wait()
     last = frame_swap.report().as_dict()["regions"]
-    print(json.dumps({"first": first, "workers": workers, "traces": traced, "results": results, "last": last}))
+    print(json.dumps({"first": first, "workers": started, "traces": traced, "results": results, "last": last}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...codegen.source import Source, compile_function
-from ...internals import aot, dynamo, inductor
+from ...internals import aot, dynamo, loading
 from ..compiled import Boxed
 
 
@@ -59,7 +59,7 @@ class Graph:
 def function_of_inductor(compiled: Any) -> Boxed:
     """The function that Inductor has generated, taken out of the objects around it."""
     graph = dynamo.without_disable(compiled)
-    call: Any = graph.current_callable if inductor.is_compiled_graph(graph) else graph
+    call: Any = graph.current_callable if loading.is_compiled_graph(graph) else graph
     if call is graph or not hasattr(call, "__code__") or getattr(graph.compiled_fn_runner, "partitions", None):
         # The object deletes its runner's partitions when it goes: it has to live as long as the function does.
         return compile_function("def boxed(args):\n    return call(args)\n", call=call, owner=graph)

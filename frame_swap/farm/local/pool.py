@@ -6,7 +6,8 @@ Guarantees:
 - A thread that is free takes the call that gains most; see queue.py.
 - A process that is lost concerns the call that it ran, and no other. That call is tried again once, in a fresh
   process; not where it went beyond a limit, where nobody wants it any more, or while the pool is being killed.
-- A lost process is replaced when there is something to do. One that has nothing to do for `idle_timeout` ends.
+- A lost process is replaced when there is something to do. One that has nothing to do for `idle_timeout` ends. One
+  that holds memory of a GPU ends after `GPU_IDLE`, and a fresh one, which holds none, is started in its place.
 - `kill` ends all processes and waits for no call; `retire` lets what was submitted end first.
 - A forked child has none of its parent's processes, and touches none.
 
@@ -26,12 +27,19 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import first_line
-from ...runtime import machine, openmp
+from ...runtime import machine
 from ..queue import NO_CALLS, Demand, Entry, Queue
-from .process import Lost, Process, Terms, changing, forget_wakeups
+from .process import Lost, Process, Terms, changing, forget_all
+
+if TYPE_CHECKING:
+    from ...runtime.openmp import Sleepers
+
+
+GPU_IDLE = 20.0
+"""Seconds after which a process with nothing to do ends if it holds memory of a GPU. A fresh one replaces it."""
 
 
 class Busy:
@@ -46,12 +54,14 @@ class Busy:
 
     def __init__(self) -> None:
         self.count = 0
-        self.sleepers: openmp.Sleepers | None = None
+        self.sleepers: Sleepers | None = None
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def one_more(self, workers: int) -> Iterator[None]:
         """Within the block, one call more runs; in one of so many workers."""
+        from ...runtime import openmp  # it imports torch, which the program has done by now
+
         with self._lock:
             self.count += 1
             if self.sleepers is None:
@@ -83,20 +93,21 @@ class Pool:
         self._threads = ThreadPoolExecutor(terms.size, "frame-swap-worker", signal.pthread_sigmask, block)
         self._queue = Queue()
         self._starts: list[Future[None]] = []
+        self._heir: Pool | None = None
         self._processes: set[Process] = set()
         self._free: dict[Process, threading.Timer] = {}  # and the timers that will end them
         self._killed = False
         _all.add(self)
 
     def start(self) -> None:
-        """Begin to start the processes that are missing; do not wait.
+        """Begin to start the first process; do not wait.
 
         Raises:
             RuntimeError: as for `submit`.
         """
         # The program's first calls run beside this.
         start = functools.partial(machine.run_courteously, self._start_one)
-        self._starts = [self._threads.submit(start) for _ in range(self.terms.size)]
+        self._starts.append(self._threads.submit(start))
 
     def submit(
         self,
@@ -137,12 +148,28 @@ class Pool:
             for process in list(self._free):
                 self._end(process)
 
-    def retire(self) -> None:
-        """End as soon as all submitted calls have ended."""
+    def retire(self, heir: Pool | None = None) -> None:
+        """End as soon as all submitted calls have ended.
+
+        Args:
+            heir: gets the processes that have nothing to do, where it would start the like.
+        """
         self._threads.shutdown(wait=False)
         with changing:
+            if heir is not None and heir.terms.memory_limit == self.terms.memory_limit:
+                self._heir = heir
+                for process in list(self._free)[: heir.terms.size]:
+                    self._free.pop(process).cancel()
+                    self._processes.discard(process)
+                    heir.adopt(process)
             self.terms = self.terms._replace(idle_timeout=min(self.terms.idle_timeout, 1))
-        self.end_idle()
+            for process in list(self._free):
+                self._end(process)
+
+    def adopt(self, process: Process) -> None:
+        """Take over a process that has nothing to do."""
+        self._processes.add(process)
+        self._give_back(process)
 
     def kill(self) -> None:
         """End all processes now."""
@@ -189,7 +216,9 @@ class Pool:
 
     def _start_one(self) -> None:
         with changing:
-            if len(self._processes) < self.terms.size:
+            if self._heir is not None:
+                return self._heir._start_one()
+            if not self._processes:
                 with contextlib.suppress(Exception):  # the first call reports it
                     self._give_back(self._take_fresh())
 
@@ -215,6 +244,8 @@ class Pool:
             if process.ended or self._killed:
                 return self._end(process)
             idle = min(self.terms.idle_timeout, threading.TIMEOUT_MAX)
+            if process.holds_gpu:
+                idle = min(idle, GPU_IDLE)
             alarm = self._free[process] = threading.Timer(idle, self._end_free, [process])
             alarm.daemon = True
             with contextlib.suppress(RuntimeError):  # out of threads: the process stays
@@ -224,6 +255,8 @@ class Pool:
         with changing:
             if process in self._free:
                 self._end(process)
+                if process.holds_gpu and self.terms.idle_timeout > GPU_IDLE:
+                    self._start_one()  # that one holds none
 
     def _end(self, process: Process) -> None:
         self._processes.discard(process)
@@ -247,7 +280,7 @@ def _forget() -> None:
     _parents.extend(_all)
     _all.clear()
     busy.forget()
-    forget_wakeups()
+    forget_all()
 
 
 if hasattr(os, "register_at_fork"):

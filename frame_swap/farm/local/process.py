@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import math
 import multiprocessing.process
 import os
@@ -36,13 +37,14 @@ from loky import process_executor
 
 from ...errors import first_line
 from ...runtime import forks, machine
-from . import worker
+from . import tokens, worker
 
 GROWTH = 500_000_000
 """A process that has grown by more bytes than this since its smallest call is replaced: Inductor keeps a lot."""
 
 ENVIRONMENT = {
     **machine.WORKER_ENVIRONMENT,
+    "FRAME_SWAP_WORKER": "1",  # so that it starts none itself
     "PYTHONSAFEPATH": "1",  # import nothing from the directory that they start in
     "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",  # loky would replace a process while it gets its next call, and warn of it
 }
@@ -62,6 +64,22 @@ changing = forks.lock()
 """Held while a process is started or ended: by one thread at a time, and not during a fork."""
 
 
+_running: set[Process] = set()
+"""This program's processes: while there are any, there is a folder for their tokens."""
+
+
+@functools.cache
+def _tokens_folder() -> str:
+    return tempfile.mkdtemp(prefix="frame-swap-")  # 0700
+
+
+def _is_over(process: Process) -> None:
+    _running.discard(process)
+    if not _running:
+        shutil.rmtree(_tokens_folder(), ignore_errors=True)
+        _tokens_folder.cache_clear()
+
+
 class Terms(NamedTuple):
     """The terms that all processes of a pool share.
 
@@ -69,13 +87,11 @@ class Terms(NamedTuple):
         size: how many there are at most.
         idle_timeout: seconds after which one with nothing to do ends.
         memory_limit: bytes that one may hold, with the compilers that it runs.
-        compilers: how many of these it may run at a time.
     """
 
     size: int
     idle_timeout: float
     memory_limit: float
-    compilers: int
 
 
 class Lost(RuntimeError):
@@ -95,23 +111,34 @@ class Lost(RuntimeError):
 class Process:
     """A worker process and the folder that it shares with this one; see worker.py for the other side.
 
+    Attributes:
+        holds_gpu: whether it holds memory of a GPU, as it does from the first compile for one until it ends.
+
     Raises:
         Exception: it could not be started.
     """
 
     def __init__(self, terms: Terms) -> None:
-        self.ended = self._running = self._overdue = False
+        self.ended = self._running = self._overdue = self.holds_gpu = False
         self._least = math.inf
+        _running.add(self)
         self.folder = Path(tempfile.mkdtemp(prefix="frame-swap-"))  # 0700
-        arguments = (os.getpid(), machine.NICENESS, terms.compilers, str(self.folder), terms.memory_limit)
+        arguments = (os.getpid(), machine.NICENESS, str(self.folder), terms.memory_limit)
+        environment = {
+            **ENVIRONMENT,
+            "TORCHINDUCTOR_COMPILE_THREADS": str(machine.usable_cpus()),
+            tokens.FOLDER: _tokens_folder(),
+            tokens.COUNT: str(machine.compilers()),
+        }
         try:
             self._executor = loky.ProcessPoolExecutor(
-                1, initializer=worker.initialize, initargs=arguments, env=ENVIRONMENT
+                1, initializer=worker.initialize, initargs=arguments, env=environment
             )
             self._executor.submit(os.getpid)  # starts it
             (self._process,) = self._executor._processes.values()
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
+            _is_over(self)
             raise
         # The program may wait for all `multiprocessing.active_children()`: this is none of its.
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
@@ -155,7 +182,7 @@ class Process:
             advice = "free some space, or set TMPDIR to a folder on a disk that has some"
             raise Lost(f"its files could not be written: {failure}; {advice}", again=False)
         with Path(self.folder, worker.RESULT).open("rb") as file:
-            result, raised = pickle.load(file)
+            result, raised, self.holds_gpu = pickle.load(file)
         os.unlink(file.name)
         if raised is not None:
             raise raised
@@ -179,6 +206,7 @@ class Process:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.pid, signal.SIGKILL)
             self._executor.shutdown(wait=True, kill_workers=True)
+            _is_over(self)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _loss(self, limit: float) -> Lost:
@@ -215,6 +243,8 @@ class Process:
             return math.inf
 
 
-def forget_wakeups() -> None:
-    """In a forked child: wake no thread of the parent's executors."""
+def forget_all() -> None:
+    """In a forked child: the processes are the parent's. Wake no thread of its executors."""
     process_executor._threads_wakeups.clear()
+    _running.clear()
+    _tokens_folder.cache_clear()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import math
 import os
 import pickle
@@ -29,19 +30,21 @@ from typing import Any
 
 from ...errors import first_line
 from .. import compile, place
+from . import bytecode, tokens
 
 _LISTENERS = ("TORCH_LOGS", "TORCH_LOGS_OUT", "TORCH_TRACE", "TORCH_DTRACE")
 """The parcel says what the program logs and traces, and the files belong to the program; see shipping/echo."""
 
 
 CALL, RESULT = "call", "result"
-"""Files in the worker's folder: the call to run, and a pair of its result and its exception."""
+"""Files in the worker's folder: the call to run; its result, its exception, and whether a GPU's memory is held."""
 
 
 def run() -> str:
     """Run the call in this worker's folder and write its result there. Return how that failed, or ""."""
     folder = Path(_folder)
     result: tuple[Any, BaseException | None]
+    gc.disable()  # an eighth of a compile's time, else; see `_tidy`
     try:
         call = pickle.loads((folder / CALL).read_bytes())
         os.unlink(folder / CALL)
@@ -50,26 +53,43 @@ def run() -> str:
         except BaseException as error:
             result = None, error
         _note("sending its result")
-        _send(result)
+        _send((*result, _holds_gpu()))
         _note("idle")
+        threading.Thread(target=_tidy, name="frame-swap-tidy", daemon=True).start()
     except BaseException as error:
         return first_line(error)[:500]  # it has to fit through the pipe in one piece
+    finally:
+        gc.enable()
     return ""
 
 
-def _send(result: tuple[Any, BaseException | None]) -> None:
+def _holds_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _tidy() -> None:
+    """Give back what the last call has left behind, while the program takes its result."""
+    gc.collect()
+    if _holds_gpu():
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def _send(result: tuple[Any, BaseException | None, bool]) -> None:
     unfinished = Path(_folder, f"{RESULT}.unfinished")
     with unfinished.open("wb") as file:
         pickle.dump(result, file)
     unfinished.rename(Path(_folder, RESULT))
 
 
-def initialize(parent: int, niceness: int, compiler_threads: int, folder: str, memory_limit: float) -> None:
+def initialize(parent: int, niceness: int, folder: str, memory_limit: float) -> None:
     """Make this process a worker of `parent`; runs once, before the first job.
 
     Args:
         niceness: by how much its priority is lower.
-        compiler_threads: how many compilers it may run at a time.
         folder: its own, for what it leaves behind.
         memory_limit: bytes that it may hold, with its compilers.
     """
@@ -77,6 +97,7 @@ def initialize(parent: int, niceness: int, compiler_threads: int, folder: str, m
     _folder = folder
     place.enter(_note, folder)
     _note("importing torch")
+    gc.disable()
     try:
         with contextlib.suppress(OSError):  # changing the priority is not permitted
             os.nice(niceness)
@@ -95,11 +116,13 @@ def initialize(parent: int, niceness: int, compiler_threads: int, folder: str, m
         _traceback_file = open(os.path.join(folder, "traceback"), "w")  # noqa: SIM115
         faulthandler.enable(_traceback_file)
         faulthandler.register(signal.SIGTERM, _traceback_file, chain=True)
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(compiler_threads)
         for variable in _LISTENERS:
             os.environ.pop(variable, None)
         compile.allow_caches()
+        bytecode.keep()
         _import_torch()
+        gc.freeze()  # modules stay
+        gc.enable()
     except BaseException:
         _leave("traceback", traceback.format_exc())
         os._exit(1)
@@ -112,6 +135,7 @@ def _import_torch() -> None:
     from ...internals import inductor
 
     inductor.import_compiling()
+    inductor.wrap_compilers(tokens.call_holding)
     folders.keep_temporary_files_in(_folder)
     with contextlib.suppress(ImportError):
         # Inductor's progress bar makes a lock that outlives a killed worker; the program would hear of a leak.
@@ -123,6 +147,8 @@ def _import_torch() -> None:
         import torch.utils.cpp_extension
 
         threading.Thread(target=_probe_cpu, name="frame-swap-probe", daemon=True).start()
+    else:
+        threading.Thread(target=_prepare_for_gpu, name="frame-swap-probe", daemon=True).start()
 
 
 _folder = ""
@@ -155,6 +181,13 @@ def _probe_cpu() -> None:
         inductor.find_vector_instructions()
 
 
+def _prepare_for_gpu() -> None:
+    from ...internals import inductor
+
+    with contextlib.suppress(Exception):  # the compile itself reports the problem
+        inductor.prepare_for_gpu()
+
+
 def _end_with(parent: int) -> None:
     import psutil
 
@@ -184,5 +217,7 @@ def _end_beyond(limit: float) -> None:
 
 
 def _end() -> None:
-    shutil.rmtree(_folder, ignore_errors=True)
+    for folder in (_folder, os.environ.get(tokens.FOLDER)):
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)  # this process, and its compilers

@@ -1,0 +1,136 @@
+"""Inductor's compiled graphs: what it takes to load them.
+
+Functions import Inductor's own names when they are called, as in inductor.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any, cast
+
+from .inductor import inductor_config
+
+__all__ = [
+    "GENERATED",
+    "cpp_code_cache",
+    "cpp_library_file",
+    "forget_metrics",
+    "import_loading",
+    "is_compiled_graph",
+    "kernel_compilers",
+    "load_cpp_library",
+    "loaded_modules_forgotten",
+    "loading_is_imported",
+    "loading_options",
+    "maker_of_modules",
+    "set_torch_hash",
+    "torch_hash",
+    "triton_hashes",
+]
+
+_LOADING = "torch._inductor.select_algorithm"
+
+
+def loading_is_imported() -> bool:
+    """Whether the modules that loading needs are imported, or are being imported by another thread."""
+    return _LOADING in sys.modules
+
+
+def import_loading() -> None:
+    """Import the modules that loading needs; this takes most of a second."""
+    importlib.import_module(_LOADING)
+
+
+def loading_options() -> dict[str, Any]:
+    """The argument `fx_config` of `wrap_post_compile`, for an artifact whose forward has not run."""
+    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+    from torch._inductor.utils import BoxedBool
+
+    return {
+        "cudagraphs": BoxedBool(inductor_config.triton.cudagraphs),
+        "boxed_forward_device_index": BoxedDeviceIndex(None),
+    }
+
+
+def is_compiled_graph(value: Any) -> bool:
+    """Whether `value` is Inductor's object for one compiled direction."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    return isinstance(value, CompiledFxGraph)
+
+
+def forget_metrics(direction: Any) -> None:
+    """Clear the metrics of one direction, which would count its load as a compile."""
+    from torch._inductor.metrics import CachedMetricsDeltas, get_metric_fields
+
+    if hasattr(direction, "result") and hasattr(direction.result, "metrics_deltas"):
+        direction.result.metrics_deltas = CachedMetricsDeltas(**dict.fromkeys(get_metric_fields(), 0))
+        direction.result.counter_deltas.clear()
+
+
+GENERATED = "torch._inductor.runtime.compile_tasks"
+"""What modules of generated Python are named after."""
+
+
+def _codecache() -> Any:
+    return importlib.import_module("torch._inductor.codecache")
+
+
+def maker_of_modules() -> tuple[Any, str]:
+    """The function that makes a module of generated Python, `(key, path, set_sys_modules)`: its owner and name."""
+    return _codecache(), "_reload_python_module"
+
+
+def kernel_compilers() -> Any:
+    """The class whose `use_process_pool` says whether processes compile kernels, and starts these processes."""
+    return importlib.import_module("torch._inductor.async_compile").AsyncCompile
+
+
+def torch_hash() -> bytes:
+    """The hash of torch's sources. The first time, it takes a tenth of a second."""
+    return cast("bytes", _codecache().torch_key())
+
+
+def set_torch_hash(value: bytes) -> None:
+    """Spare this process the search for what `torch_hash` has returned elsewhere."""
+    with contextlib.suppress(AssertionError, RuntimeError):  # it has found it already
+        _codecache().torch_key.set(value)
+
+
+def triton_hashes() -> Iterator[tuple[Any, str]]:
+    """Functions that hash Triton's sources and backend, each as its owner and its name. They take half a second."""
+    compat: Any = importlib.import_module("torch._inductor.runtime.triton_compat")
+    if compat.HAS_TRITON:
+        yield importlib.import_module(compat.triton_key.__module__), "triton_key"
+        yield importlib.import_module("torch.utils._triton"), "triton_hash_with_backend"
+
+
+@contextlib.contextmanager
+def loaded_modules_forgotten() -> Iterator[None]:
+    """After the block, remove the generated modules that it loaded from Inductor's list."""
+    from torch._inductor.codecache import PyCodeCache
+
+    known = len(PyCodeCache.modules)
+    yield
+    del PyCodeCache.modules[known:]
+
+
+def cpp_code_cache() -> Any:
+    """The class whose `load_async` compiles C++ kernels, or finds them in a cache, and loads their library."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache
+
+
+def load_cpp_library(cache: Any, file: str, key: str) -> Any:
+    """Load a shared library as `cache` does: the class from `cpp_code_cache`, or a class derived from it."""
+    return cache._load_library(file, key)
+
+
+def cpp_library_file(library: Any) -> str:
+    """The path of a shared library that Inductor has loaded, as an extension module or with ctypes."""
+    file: str = getattr(library, "__file__", None) or library._name
+    return file
