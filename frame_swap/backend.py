@@ -80,6 +80,8 @@ def _start(
     beside.checkpoint()
 
     # 2. Ship
+    tiers = wished.tiers == "auto" and wished.when != "wait" and inductor.autotunes(changes)
+    first_changes = inductor.without_autotuning(changes) if tiers else changes
     delivery = found = job = None
     why = why_pair(gm, example_inputs)
     needs_pair = why is not None and why.needed
@@ -88,7 +90,7 @@ def _start(
     else:
         try:
             start = time.perf_counter()
-            packed = parcel.pack(gm, example_inputs, changes, record.compile_id or None)
+            packed = parcel.pack(gm, example_inputs, first_changes, record.compile_id or None)
             record.ship_s = time.perf_counter() - start
             beside.checkpoint()
         except Unshippable as error:
@@ -97,12 +99,13 @@ def _start(
             record,
             packed,
             len(gm.graph.nodes),
-            changes,
+            first_changes,
             shapes=fake_tensors.FrameShapes(example_inputs),
             limit=dynamo.recompile_limit(),
             settings=wished,
             graph=copy_of_graph(gm) if wished.verify else None,
             repeatable=is_repeatable(gm),
+            autotuned=changes if tiers else None,
         )
         inductor.prepare_cudagraphs(changes)
         delivery = Delivery(order, record.attempts[0])

@@ -36,7 +36,7 @@ from .farm import reuse
 from .farm.protocol import Outcome
 from .farm.queue import Demand
 from .farm.service import Job, service
-from .internals import dynamo, fake_tensors
+from .internals import dynamo, fake_tensors, inductor
 from .late_guards.condition import condition_of
 from .late_guards.specialiser import Specialiser
 from .region import Attempt, Event, Purpose, Record, State
@@ -62,6 +62,8 @@ class Order:
         settings: those in force at capture.
         graph: Dynamo's, where compiled code is to be verified; else None.
         repeatable: whether a call that raised may be made again, as far as the graph is concerned.
+        autotuned: changes of Inductor's config for better code, once there is some; None where there is no other.
+        must_gain: whether code that replaces other code has to be faster.
     """
 
     record: Record
@@ -73,6 +75,15 @@ class Order:
     settings: settings.Settings
     graph: torch.fx.GraphModule | None
     repeatable: bool
+    autotuned: dict[str, Any] | None = None
+    must_gain: bool = False
+
+    def for_autotuned(self) -> Order | None:
+        """The order for better code; None where there is no other."""
+        if self.autotuned is None:
+            return None
+        parcel = self.parcel.with_options(self.autotuned)
+        return dataclasses.replace(self, parcel=parcel, options=self.autotuned, autotuned=None, must_gain=True)
 
 
 class Delivery:
@@ -99,6 +110,7 @@ class Delivery:
         reuse.uses.begins()
         self._at = reuse.place_of(order.parcel, sizes, order.settings)
         self._from_store = self._made_again = False
+        attempt.autotuned = inductor.autotunes(order.options)
 
     def find(self) -> Outcome | None:
         """The outcome of this compile in an earlier run or another process; None where it has yet to be made."""
@@ -145,6 +157,8 @@ class Delivery:
             record.abandon()
         elif offer is not None:  # without the lock, which the next call needs
             trampoline.offer(offer)
+            if (better := self._order.for_autotuned()) is not None:
+                request(better, Purpose.BETTER, self._sizes, replaces=attempt)
 
     def _offer(self, trampoline: Trampoline, outcome: Outcome, frame_open: bool) -> Offer | None:
         """Load the artifact and prepare the frame's code; None where that ends the attempt."""
@@ -219,8 +233,9 @@ class Delivery:
                 same_numbers=bool(options.get("fallback_random", False)),
                 repeatable=order.repeatable,
             )
-        if order.settings.profit:
-            yield Measurement(undisturbed=lambda: not service.compiling)
+        must_gain = order.must_gain and self._replaces is not None
+        if order.settings.profit or must_gain:
+            yield Measurement(undisturbed=lambda: not service.compiling, must_gain=must_gain)
 
     def _keep_repro(self, arguments: Sequence[Any], difference: str) -> str:
         order = self._order

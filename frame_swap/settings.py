@@ -23,6 +23,7 @@ from .runtime.machine import default_workers
 When = Literal["ready", "wait", "manual", "never"]
 First = Literal["graph", "pair"]
 Capture = Literal["call", "background"]
+Tiers = Literal["auto", "one"]
 
 
 # --- How a field is described ---
@@ -244,6 +245,16 @@ class Settings:
         _parse_switch,
     )
 
+    tiers: Tiers = _setting(
+        "auto",
+        """What is compiled where autotuning is asked for: by the modes "max-autotune" and
+        "max-autotune-no-cudagraphs", or in Inductor's config. "auto": code without it, which is ready sooner, and
+        then autotuned code, which replaces it only where it is measured to be faster. "one": autotuned code alone,
+        as with `when="wait"`.""",
+        _is_one_of(*get_args(Tiers)),
+        str,
+    )
+
     def __post_init__(self) -> None:
         for name, about in _SETTINGS.items():
             about.check(name, getattr(self, name))
@@ -348,7 +359,7 @@ def reference() -> str:
         about = _SETTINGS[field.name]
         variable = f"`{_variable(field.name)}`" if about.parse is not None else ""
         kind = str(field.type).replace("|", r"\|")
-        for name in ("When", "First", "Capture"):
+        for name in ("When", "First", "Capture", "Tiers"):
             kind = kind.replace(name, "str")
         rows.append(f"| `{field.name}` | `{kind}` | {about.default} | {variable} |")
         paragraphs.append(f"**`{field.name}`** {about.description}")

@@ -95,3 +95,18 @@ class Miscompile(CustomGraphPass):
 
     def uuid(self) -> str:
         return f"{self.wanted} {self.other}"
+
+
+class IfAutotuned(CustomGraphPass):
+    """Another custom pass, only where the compile autotunes, or only where it does not."""
+
+    def __init__(self, autotuned: bool, other: CustomGraphPass) -> None:
+        self.autotuned = autotuned
+        self.other = other
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if torch._inductor.config.max_autotune is self.autotuned:
+            self.other(graph)
+
+    def uuid(self) -> str:
+        return f"{self.autotuned} {self.other.uuid()}"

@@ -143,10 +143,10 @@ def test_mode_and_options_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> N
     torch.compile(lambda x: x.sin() + 3, backend="frame_swap", options={"size_asserts": False})(torch.randn(3))
     from frame_swap.shipping.parcel import open_content
 
-    sent = [open_content(parcel.content).options for parcel in parcels]
-    assert sent[0]["max_autotune"] is True
-    assert sent[1] == {"size_asserts": False}
     assert [r.state for r in frame_swap.wait().regions] == [State.INSTALLED] * 2
+    sent = [open_content(parcel.content).options for parcel in parcels]
+    assert {"size_asserts": False} in sent
+    assert [one["max_autotune"] for one in sent if "max_autotune" in one] == [False, True]
 
 
 def test_caches_may_be_switched_off(run_program: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..internals import dynamo, fake_tensors, inductor, loading
 from ..shipping import echo
@@ -40,8 +40,20 @@ class Deferred:
         return pickle.loads(self._pickled).deserialize()
 
 
-def pack(entry: Any, kernels: libraries.Libraries) -> bytes:
-    """What one compile has made, pickled; for `try_out`.
+class Packed(NamedTuple):
+    """What one compile has made, for `try_out`.
+
+    Attributes:
+        content: pickled.
+        gpus: the indices of those that it is for.
+    """
+
+    content: bytes
+    gpus: tuple[int, ...]
+
+
+def pack(entry: Any, kernels: libraries.Libraries) -> Packed:
+    """Pack what one compile has made.
 
     Args:
         entry: AOTAutograd's cache entry, in which the result of the compile is bundled.
@@ -49,17 +61,18 @@ def pack(entry: Any, kernels: libraries.Libraries) -> bytes:
     """
     if entry.serialized_bw_module is not None:
         entry.serialized_bw_module = Deferred(entry.serialized_bw_module)
-    return pickle.dumps((entry, kernels))
+    gpus = {index for one in (entry.compiled_fw, entry.compiled_bw) for index in loading.gpus_of(one)}
+    return Packed(pickle.dumps((entry, kernels)), tuple(sorted(gpus)))
 
 
-def try_out(packed: bytes, state: ProcessState, options: dict[str, Any]) -> bytes:
+def try_out(packed: Packed, state: ProcessState, options: dict[str, Any]) -> bytes:
     """Load what `pack` has returned in the worker that made it; returns the sealed artifact.
 
     So an artifact that crashes a process crashes the worker. Inductor forgets the modules that were loaded.
     """
     with loading.loaded_modules_forgotten(), generated.recorded() as made:
-        _load(packed, state, options, guarded=True)
-    return seal(pickle.dumps((packed, made)))
+        _load(packed.content, state, options, guarded=True)
+    return seal(pickle.dumps((packed.content, made)), packed.gpus)
 
 
 def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guarded: bool) -> Compiled:
@@ -79,15 +92,15 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guard
     PyTorch's own `deserialize_bundled_cache_entry` does the same; but it copies the entry, to be able to serialise
     it again, which we never do.
     """
-    packed, made = pickle.loads(unseal(artifact))
+    content, made = pickle.loads(unseal(artifact))
     with dynamo.compile_lock, generated.supplied(made):
-        return _load(packed, state, options, guarded=guarded)
+        return _load(content, state, options, guarded=guarded)
 
 
-def _load(packed: bytes, state: ProcessState, options: dict[str, Any], *, guarded: bool) -> Compiled:
+def _load(content: bytes, state: ProcessState, options: dict[str, Any], *, guarded: bool) -> Compiled:
     config = inductor.inductor_config.patch({**state.configs["inductor"], **options})
     with dynamo.compile_lock, state.applied_to_thread(), config, folders.safe_caches():
-        entry, kernels = pickle.loads(packed)
+        entry, kernels = pickle.loads(content)
         entry.guards_expr = None  # late guards are evaluated by us: see guards/
         for direction in (entry.compiled_fw, entry.compiled_bw):
             loading.forget_metrics(direction)

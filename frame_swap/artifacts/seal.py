@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ..errors import UnusableArtifact
+from ..internals import gpu
 
 _FORMAT = 2
 
@@ -31,9 +33,15 @@ def made_for() -> dict[str, Any]:
     }
 
 
-def seal(content: bytes) -> bytes:
-    """`content` behind a header."""
+def seal(content: bytes, gpus: Iterable[int] = ()) -> bytes:
+    """`content` behind a header.
+
+    Args:
+        gpus: the indices of those that its code is for. The header names their architectures, and the driver.
+    """
     header = {**made_for(), "length": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    if architectures := {str(index): gpu.architecture(index) for index in gpus}:
+        header |= {"GPUs": architectures, "driver": gpu.driver()}
     return json.dumps(header).encode() + b"\n" + content
 
 
@@ -69,6 +77,15 @@ def unseal(artifact: bytes) -> memoryview:
     if lacking:
         raise UnusableArtifact(
             f"its artifact was made for a CPU with {', '.join(lacking)}, which this one lacks; {_COMPILE_HERE}"
+        )
+    for index, made in header.get("GPUs", {}).items():
+        if made != (one := gpu.architecture(int(index))):
+            raise UnusableArtifact(
+                f"its artifact was made for GPU {index} with architecture {made}, here is {one}; {_COMPILE_HERE}"
+            )
+    if "driver" in header and header["driver"] != (driver := gpu.driver()):
+        raise UnusableArtifact(
+            f"its artifact was made for GPU driver {header['driver']}, here is {driver}; {_COMPILE_HERE}"
         )
     return content
 

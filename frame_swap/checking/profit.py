@@ -12,7 +12,7 @@ costs nothing where `.grad` is None. Where there is something to add to, or a ho
 Medians are compared. The noise of a median is the half-width of a box plot's notch, 1.57 × interquartile range /
 √n (McGill, Tukey and Larsen, "Variations of Box Plots", The American Statistician 32(1), 1978): if two notches do
 not overlap, the medians differ at about the 95% level. Compiled code is rejected if it is slower and the notches do
-not overlap.
+not overlap. Autotuned code, which is to replace compiled code, is rejected unless it is faster and they do not.
 """
 
 from __future__ import annotations
@@ -72,11 +72,19 @@ class Measurement(Trial):
 
     Args:
         undisturbed: tells whether a time measured now is meaningful: no worker compiles.
+        must_gain: reject it also where it is not faster.
         clock: returns seconds; a test gives its own.
     """
 
-    def __init__(self, undisturbed: Callable[[], bool], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        undisturbed: Callable[[], bool],
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        must_gain: bool = False,
+    ) -> None:
         super().__init__()
+        self._must_gain = must_gain
         self._undisturbed = undisturbed
         self._clock = clock
         self._random = random.Random(0)
@@ -137,7 +145,13 @@ class Measurement(Trial):
         what = "forward and backward" if backward else "forward"
         figures = f"{compiled} a call, {current} before ({what}, medians of {len(seconds['compiled'])} calls)"
         self.findings = Findings(profit=figures)
-        self.verdict = f"it is slower than what serves now: {figures}" if compiled.slower_than(current) else ""
+        self.expected = self._must_gain  # autotuning that gains nothing is no fault
+        if compiled.slower_than(current):
+            self.verdict = f"it is slower than what serves now: {figures}"
+        elif self._must_gain and not current.slower_than(compiled):
+            self.verdict = f"it is not faster than what serves now: {figures}"
+        else:
+            self.verdict = ""
 
 
 def _synchronise(devices: Iterable[torch.device]) -> None:

@@ -43,12 +43,14 @@ class Trial(abc.ABC):
 
     Attributes:
         verdict: None until the trial is over. Then "" if compiled code has passed, else the reason why not.
+        expected: whether code that has not passed is nothing to warn of.
         remark: a remark for the report on compiled code that has passed; "" if there is none.
         findings: results so far; a new object after each result.
     """
 
     def __init__(self) -> None:
         self.verdict: str | None = None
+        self.expected = False
         self.remark = ""
         self.findings = Findings()
 

@@ -29,7 +29,6 @@ with names_looked_up():
     from torch.utils._config_module import _UNSET_SENTINEL as _UNSET
 
 __all__ = [
-    "AUTOTUNING",
     "asks_for_cudagraphs",
     "autotunes",
     "backward_before_forward",
@@ -50,6 +49,7 @@ __all__ = [
     "prepare_for_gpu",
     "serialisable",
     "stock_inductor",
+    "without_autotuning",
     "wrap_compilers",
 ]
 
@@ -107,7 +107,7 @@ def asks_for_cudagraphs(options: dict[str, Any]) -> bool:
     return bool(options.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
 
 
-AUTOTUNING = (
+_AUTOTUNING = (
     "max_autotune",
     "max_autotune_gemm",
     "max_autotune_pointwise",
@@ -118,7 +118,12 @@ AUTOTUNING = (
 
 def autotunes(options: dict[str, Any]) -> bool:
     """Whether a compile with these changes of Inductor's config times many kernels for one."""
-    return any(options.get(name, getattr(inductor_config, name)) for name in AUTOTUNING)
+    return any(options.get(name, getattr(inductor_config, name)) for name in _AUTOTUNING)
+
+
+def without_autotuning(options: dict[str, Any]) -> dict[str, Any]:
+    """These changes of Inductor's config, with which a compile does not."""
+    return {**options, **dict.fromkeys(_AUTOTUNING, False)}
 
 
 def prepare_cudagraphs(options: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "cpp_code_cache",
     "cpp_library_file",
     "forget_metrics",
+    "gpus_of",
     "import_loading",
     "is_compiled_graph",
     "kernel_compilers",
@@ -60,6 +61,13 @@ def is_compiled_graph(value: Any) -> bool:
     from torch._inductor.output_code import CompiledFxGraph
 
     return isinstance(value, CompiledFxGraph)
+
+
+def gpus_of(direction: Any) -> Iterator[int]:
+    """The indices of the GPUs that one direction of an artifact runs on."""
+    graph = getattr(direction, "result", None)
+    if graph is not None and is_compiled_graph(graph) and set(graph.device_types) - {"cpu"}:
+        yield from (index for index in graph.device_idxs if index >= 0)
 
 
 def forget_metrics(direction: Any) -> None:

@@ -57,6 +57,7 @@ class Attempt:
         self.verified = 0
         self.profit = ""
         self.store = ""
+        self.autotuned = False
         self.worker_pid: int | None = None
         self.compile_span: tuple[float, float] | None = None
         self.installed_at: float | None = None
@@ -97,11 +98,12 @@ class Attempt:
             changed.notify_all()
             return True
 
-    def fail(self, event: Event, reason: str) -> None:
+    def fail(self, event: Event, reason: str, *, warn: bool = True) -> None:
         """Its code will not come, or is not to be used (`event`: FAILED or REJECTED): one warning says why."""
         if self.move(event, reason):
             self.cancel_job()
-            self._record.warn(f"{_INSTEAD[self.purpose]}: {reason}")
+            if warn:
+                self._record.warn(f"{_INSTEAD[self.purpose]}: {reason}")
 
     def began(self, cancel: Callable[[], None]) -> None:
         """A job was submitted, which `cancel` cancels."""

@@ -92,6 +92,7 @@ class Compile:
         profit: what `profit` measured, on both sides; "" where it did not.
         store: "found" where an earlier run or another process has compiled it, "kept" where it is in the store for
             the next; else why it is not, or "" where there is no store.
+        autotuned: whether Inductor has timed many kernels for one: the second tier of `tiers`.
         worker_pid: process id of the worker; None where none has compiled it.
         compile_span: when the compile began and ended, in seconds since the epoch.
         installed_at: when its code was in place, in seconds since the epoch.
@@ -110,6 +111,7 @@ class Compile:
     verified: int
     profit: str
     store: str
+    autotuned: bool
     worker_pid: int | None
     compile_span: tuple[float, float] | None
     installed_at: float | None

@@ -37,7 +37,8 @@ def rendered(report: Report) -> Group:
         shared = _short(region.frame), region.compile_id, region.state, str(region.eager_calls)
         table.add_row(*shared, _number(region.ship_s, 2), *_times(region.compiles[:1]))
         for compile in region.compiles[1:]:
-            table.add_row(f"  {compile.purpose}", "", compile.state, "", "", *_times([compile]))
+            what = "autotuned" if compile.autotuned else compile.purpose
+            table.add_row(f"  {what}", "", compile.state, "", "", *_times([compile]))
     counts = Counter(region.state for region in report.regions)
     summary = ", ".join(f"{n} {state}" for state, n in counts.items()) or "no graph captured yet"
     kinds = Counter(region.eager for region in report.regions if region.eager)
@@ -57,6 +58,9 @@ def _remarks(region: Region) -> Iterator[str]:
         yield f"{name}: {region.state}: {region.reason}"
     if region.eager_reason:
         yield f"{name}: its eager code is the {region.eager}: {region.eager_reason}"
+    for compile in region.compiles[1:]:
+        if compile.autotuned and (said := compile.profit or compile.reason):
+            yield f"{name}: autotuned code: {compile.state}: {said}"
     if region.late_guards:
         yield f"{name}: late guards: {'; '.join(region.late_guards)}"
     if region.store.startswith("not kept"):

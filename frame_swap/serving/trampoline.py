@@ -220,7 +220,7 @@ class Trampoline:
         elif offer.replaces is None:
             self.reject(trial.verdict)
         else:
-            self._reject_offer(offer, trial.verdict)
+            self._reject_offer(offer, trial.verdict, warn=not trial.expected)
 
     # Offers
 
@@ -370,10 +370,10 @@ class Trampoline:
         locks.call_holding(dynamo.compile_lock, self._restore)
         self._record.reject(reason)
 
-    def _reject_offer(self, offer: Offer, reason: str, event: Event = Event.REJECTED) -> None:
+    def _reject_offer(self, offer: Offer, reason: str, event: Event = Event.REJECTED, warn: bool = True) -> None:
         """Do without the code of `offer`; where other code serves its calls, that goes on."""
         self._drop(offer)
-        offer.attempt.fail(event, reason)
+        offer.attempt.fail(event, reason, warn=warn)
         if self._plan:
             locks.call_holding(dynamo.compile_lock, lambda: self._show(self._plan))
 

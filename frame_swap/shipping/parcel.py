@@ -55,6 +55,12 @@ class Parcel(NamedTuple):
         """What loading the artifact takes besides, pickled: the process state, and changes of Inductor's config."""
         return pickle.dumps((self.state, self.options))
 
+    def with_options(self, options: dict[str, Any]) -> Parcel:
+        """The same graph, to be compiled with other changes of Inductor's config, which leave its packing alone."""
+        options = dict(sorted(options.items()))
+        content = _stable_pickle(open_content(self.content)._replace(options=options))
+        return self._replace(content=content, options=options, digest=hashlib.sha256(content).hexdigest())
+
 
 class Content(NamedTuple):
     """What is compiled. State and definitions must be in force before the graph is unpickled.

@@ -77,6 +77,29 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
+GPUS = {"0": "sm_90"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"GPUs": {"0": "sm_80"}}, "GPU 0 with architecture sm_80, here is sm_90; .*executor=None"),
+        ({"GPUs": {"1": "sm_90"}}, "GPU 1 with architecture sm_90, here is none"),
+        ({"driver": "12040"}, "GPU driver 12040, here is 13000; .*executor=None"),
+    ],
+)
+def test_code_for_another_gpu_or_driver_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr(seal.gpu, "architecture", lambda index: GPUS.get(str(index), "none"))
+    monkeypatch.setattr(seal.gpu, "driver", lambda: "13000")
+    sealed = seal.seal(pickle.dumps(Bomb()), gpus=[0])
+    with pytest.raises(pytest.fail.Exception):
+        pickle.loads(seal.unseal(sealed))
+    with pytest.raises(errors.UnusableArtifact, match=words):
+        seal.unseal(made_for(**changes)(sealed))
+
+
 class Bomb:
     """Raises when it is unpickled."""
 

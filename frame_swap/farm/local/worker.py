@@ -53,7 +53,9 @@ def run() -> str:
         except BaseException as error:
             result = None, error
         _note("sending its result")
-        _send((*result, _holds_gpu()))
+        from ...internals import gpu
+
+        _send((*result, gpu.is_in_use()))
         _note("idle")
         threading.Thread(target=_tidy, name="frame-swap-tidy", daemon=True).start()
     except BaseException as error:
@@ -63,19 +65,12 @@ def run() -> str:
     return ""
 
 
-def _holds_gpu() -> bool:
-    import torch
-
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
 def _tidy() -> None:
     """Give back what the last call has left behind, while the program takes its result."""
-    gc.collect()
-    if _holds_gpu():
-        import torch
+    from ...internals import gpu
 
-        torch.cuda.empty_cache()
+    gc.collect()
+    gpu.give_back_cached()
 
 
 def _send(result: tuple[Any, BaseException | None, bool]) -> None:
