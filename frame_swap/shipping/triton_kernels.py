@@ -1,11 +1,10 @@
 """The program's own Triton kernels, in a worker.
 
 Dynamo's graph refers to a kernel, and to constants that are not part of the graph, by indices in tables of the
-process. The graph that travels has numbers of its own instead, in the order of the launches. The kernel itself does
-not pickle; a worker imports it from its module, under its name there, and gives it an index in its own table.
-Inductor copies the kernel's source into the code that it generates, so loading the artifact needs none of this.
-
-A kernel of `__main__` cannot be imported: a worker does not run the program.
+process. The graph that travels has numbers of its own instead, in the order of the launches. A kernel that is in a
+module, under its name, is imported there by the worker, which gives it an index in its own table. One that is not,
+since it is of `__main__`, or since Dynamo has wrapped it anew, travels by value; see triton_by_value.py. Inductor
+copies the kernel's source into the code that it generates, so loading the artifact needs none of this.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import Unshippable, first_line
 from ..internals import dispatcher
+from . import triton_by_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +30,21 @@ class Kernels:
     """The Triton kernels that a graph launches, and their constants; a graph's numbers are indices of these.
 
     Attributes:
-        kernels: of each, the module and the name in it.
+        kernels: of each, the module and the name in it; or its value, pickled.
         sources: of each, a text that changes with its source. It sets the contents of two programs apart whose
             kernels have the same names; a worker does not read it.
         constants: pickled.
     """
 
-    kernels: tuple[tuple[str, str], ...]
+    kernels: tuple[tuple[str, str] | bytes, ...]
     sources: tuple[str, ...]
     constants: tuple[bytes, ...]
 
     def register(self, gm: GraphModule) -> None:
         """In a worker: import the kernels, and have `gm` refer to this process's table."""
         table = dispatcher.kernel_side_table
-        kernels = [table.add_kernel(imported(*name)) for name in self.kernels]
+        known = [triton_by_value.unpack(k) if isinstance(k, bytes) else imported(*k) for k in self.kernels]
+        kernels = [table.add_kernel(kernel) for kernel in known]
         constants = [table.add_constant_args(pickle.loads(pickled)) for pickled in self.constants]
         for node, number, arguments in _launches(gm):
             _refer(node, kernels[number], constants[arguments])
@@ -53,26 +54,36 @@ def detach(gm: GraphModule) -> Kernels | None:
     """Describe the kernels that `gm` launches, and have it refer to the description; None where it launches none.
 
     Raises:
-        Unshippable: a kernel cannot be imported, or a constant cannot be pickled.
+        Unshippable: a kernel can neither be imported nor be pickled, or a constant cannot be pickled.
     """
     table = dispatcher.kernel_side_table
     numbers: dict[int, int] = {}
     constants: list[bytes] = []
-    names: list[tuple[str, str]] = []
+    kernels: list[tuple[str, str] | bytes] = []
     sources: list[str] = []
     for node, index, arguments in _launches(gm):
         if index not in numbers:
-            numbers[index] = len(names)
+            numbers[index] = len(kernels)
             kernel = table.get_kernel(index)
-            names.append(module_and_name(kernel))
+            kernels.append(_described(kernel))
             sources.append(_source(kernel))
-        name = names[numbers[index]][1]
         try:
             constants.append(pickle.dumps(table.get_constant_args(arguments)))
         except Exception as error:
+            name = triton_by_value.function_of(table.get_kernel(index)).__qualname__
             raise Unshippable(f"an argument of Triton kernel {name}: {first_line(error)}") from error
         _refer(node, numbers[index], len(constants) - 1)
-    return Kernels(tuple(names), tuple(sources), tuple(constants)) if names else None
+    return Kernels(tuple(kernels), tuple(sources), tuple(constants)) if kernels else None
+
+
+def _described(kernel: Any) -> tuple[str, str] | bytes:
+    try:
+        return module_and_name(kernel)
+    except Unshippable as error:
+        try:
+            return triton_by_value.pack(kernel)
+        except Exception as another:
+            raise Unshippable(f"{error}; nor can it be pickled: {first_line(another)}") from another
 
 
 def module_and_name(kernel: Any) -> tuple[str, str]:
@@ -81,9 +92,7 @@ def module_and_name(kernel: Any) -> tuple[str, str]:
     Raises:
         Unshippable: it is not there, or its module cannot be imported.
     """
-    function = kernel
-    while hasattr(function, "fn"):
-        function = function.fn
+    function = triton_by_value.function_of(kernel)
     module, name = function.__module__, function.__qualname__
     if getattr(sys.modules.get(module), "__spec__", None) is None or module == "__main__":
         raise Unshippable(f"Triton kernel {name} is in {module}, which a worker cannot import: move it to a module")
