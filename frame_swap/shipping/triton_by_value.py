@@ -52,23 +52,23 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
         if kind.__module__ == "triton.runtime.jit" and kind.__name__ == "JITFunction":
-            names = set(inspect.signature(kind).parameters) - {"fn", "repr"}
-            options = {name: getattr(obj, name) for name in names if hasattr(obj, name)}
+            held = vars(obj)
+            names = set(inspect.signature(kind).parameters) - {"fn"}
+            options = {name: held.get(name, held.get(f"_{name}")) for name in sorted(names)}
             code = obj.fn.__code__
             place = code.co_filename, code.co_firstlineno, linecache.getlines(code.co_filename)
-            return _kernel, (obj.fn, options, getattr(obj, "_repr", None), place)
+            return _kernel, (obj.fn, options, place)
         if kind.__module__ == "triton.runtime.autotuner" and kind.__name__ == "Autotuner":
             state = {name: value for name, value in vars(obj).items() if name not in _NOT_NEEDED}
             return _autotuner, (), {**state, "cache": {}}
         return super().reducer_override(obj)
 
 
-def _kernel(function: Any, options: dict[str, Any], repr: Any, place: tuple[str, int, list[str]]) -> Any:
+def _kernel(function: Any, options: dict[str, Any], place: tuple[str, int, list[str]]) -> Any:
     """The kernel of a function, whose code object cloudpickle has stripped of its place."""
     file, first_line, lines = place
     function.__code__ = function.__code__.replace(co_filename=file, co_firstlineno=first_line)
     linecache.cache[file] = (sum(map(len, lines)), None, lines, file)
-    options |= {} if repr is None else {"repr": repr}
     return importlib.import_module("triton.runtime.jit").JITFunction(function, **options)
 
 
