@@ -1,12 +1,13 @@
 """How long a program waits, and how many steps it has done by any moment, beside eager and stock.
 
-    python -m benchmarks.first_call [--model bert-4] [--infer] [--runs 3] [--arms eager,inductor,graph] [--all-arms]
+    python -m benchmarks.first_call [--model bert-4] [--infer] [--runs 3] [--stretch 3] [--arms inductor,graph]
 
 The arms run in turn, each in a process of its own with empty compile caches: stock Inductor, eager, Dynamo alone
 (`backend="eager"`), and frame_swap with first="graph" and first="pair"; with --all-arms also aot_eager and
-upstream's TORCHINDUCTOR_FX_COMPILE_MODE=async+subprocess. Each arm builds the model and makes one eager step, so
-that starting the libraries is not measured. Then it starts the clock, compiles, and makes steps until the time is
-up: three times stock's first call. Writes a JSON file and a picture; prints the ratios.
+upstream's TORCHINDUCTOR_FX_COMPILE_MODE=async+subprocess. Each arm makes its imports, builds the model and makes
+one eager step, so that starting the libraries is not measured. Then it starts the clock, compiles, and makes steps
+until the time is up: three times stock's first call, or what --stretch says. Writes a JSON file and a picture;
+prints the ratios.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ class Arm(NamedTuple):
     environment: dict[str, str]
     caches: bool = False
     part: float = 1.0
-    """How much of the time it runs. Where nothing changes after the first call, a part shows its speed."""
+    """How much of the time it runs. Where nothing changes after the first call, a part shows its speed, and later
+    steps are counted as if it had gone on."""
 
 
 ARMS = {
     "inductor": Arm("inductor", {}),
-    "eager": Arm(None, {}),
-    "dynamo": Arm("eager", {}, part=0.4),
+    "eager": Arm(None, {}, part=0.4),
+    "dynamo": Arm("eager", {}, part=0.2),
     "graph": Arm("frame_swap", {"FRAME_SWAP_FIRST": "graph"}, caches=True),
     "pair": Arm("frame_swap", {"FRAME_SWAP_FIRST": "pair"}, caches=True),
     "aot_eager": Arm("aot_eager", {}, part=0.4),
@@ -63,10 +65,12 @@ OURS = ("graph", "pair")
 SELDOM = ("aot_eager", "upstream_async")
 
 
-def run_arm(arm: str, model: str, train: bool, seconds: float) -> Run:
-    """Run one arm in this process; with `seconds` 0, for three times its first call."""
+def run_arm(arm: str, model: str, train: bool, seconds: float, stretch: float) -> Run:
+    """Run one arm in this process; with `seconds` 0, for `stretch` times its first call."""
     import torch
 
+    if ARMS[arm].backend == "frame_swap":
+        import frame_swap  # as programs do, with their other imports
     from . import models
 
     device = output.device()
@@ -79,14 +83,12 @@ def run_arm(arm: str, model: str, train: bool, seconds: float) -> Run:
     start = time.time()
     call = step.model if backend is None else torch.compile(step.model, backend=backend)
     ends: list[float] = []
-    while not ends or ends[-1] < (seconds or 3 * ends[0]):
+    while not ends or ends[-1] < (seconds or stretch * ends[0]):
         step.run(call)
         finish()
         ends.append(round(time.time() - start, 4))
     result: Run = {"arm": arm, "ends": ends, "swap": None, "regions": []}
     if backend == "frame_swap":
-        import frame_swap
-
         report = frame_swap.report()
         installed = [r.installed_at for r in report.regions if r.installed_at is not None]
         if installed and not any(r.state == "pending" for r in report.regions):
@@ -95,7 +97,7 @@ def run_arm(arm: str, model: str, train: bool, seconds: float) -> Run:
     return result
 
 
-def spawn_arm(arm: str, model: str, infer: bool, seconds: float) -> Run:
+def spawn_arm(arm: str, model: str, infer: bool, seconds: float, stretch: float) -> Run:
     """Call `run_arm` in a process of its own, with empty caches of Inductor and Triton."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {
@@ -106,7 +108,7 @@ def spawn_arm(arm: str, model: str, infer: bool, seconds: float) -> Run:
             **ARMS[arm].environment,
         }
         command = [sys.executable, "-m", "benchmarks.first_call", "--arm", arm, "--model", model]
-        command += ["--seconds", str(seconds)] + (["--infer"] if infer else [])
+        command += ["--seconds", str(seconds), "--stretch", str(stretch)] + (["--infer"] if infer else [])
         return output.run_arm(arm, command, environment)
 
 
@@ -114,8 +116,10 @@ def spawn_arm(arm: str, model: str, infer: bool, seconds: float) -> Run:
 
 
 def steps_by(run: Run, moment: float) -> int:
-    """Steps that a run has done by then."""
-    return bisect.bisect_right(run["ends"], moment)
+    """Steps that a run has done by then; one that ended earlier would have gone on as it was, if it was steady."""
+    beyond = moment - run["ends"][-1]
+    more = int(beyond / step_time(run)) if beyond > 0 and ARMS[run["arm"]].part < 1 and len(run["ends"]) > 1 else 0
+    return bisect.bisect_right(run["ends"], moment) + more
 
 
 def step_time(run: Run, after: float = 0.0, before: float = math.inf, *, mean: bool = False) -> float:
@@ -125,15 +129,16 @@ def step_time(run: Run, after: float = 0.0, before: float = math.inf, *, mean: b
 
 
 def most_behind(run: Run, rival: Run) -> int:
-    """By how many steps `rival` was ahead, at its best moment while both ran; 0 if never."""
-    until = min(run["ends"][-1], rival["ends"][-1])
-    return max([0, *(steps_by(rival, t) - steps_by(run, t) for t in rival["ends"] if t <= until)])
+    """By how many steps `rival` was ahead, at its best moment; 0 if never."""
+    until = run["ends"][-1] if ARMS[rival["arm"]].part < 1 else min(run["ends"][-1], rival["ends"][-1])
+    moments = (t for t in [*rival["ends"], *run["ends"]] if t <= until)
+    return max([0, *(steps_by(rival, t) - steps_by(run, t) for t in moments)])
 
 
 def ratios(runs: dict[str, Run], arm: str) -> dict[str, float]:
     """The figures of one of our arms beside the others that ran in the same round."""
     ours, figures = runs[arm], {}
-    first, swap = ours["ends"][0], ours["swap"] or math.inf
+    first, swap, end = ours["ends"][0], ours["swap"] or math.inf, ours["ends"][-1]
     if (dynamo := runs.get("dynamo")) is not None:
         figures["first call / Dynamo alone's"] = first / dynamo["ends"][0]
     if (aot_eager := runs.get("aot_eager")) is not None:
@@ -144,6 +149,7 @@ def ratios(runs: dict[str, Run], arm: str) -> dict[str, float]:
         figures["steps done at the swap / eager's by then"] = steps_by(ours, swap) / max(1, steps_by(eager, swap))
         figures["step after the swap / eager's"] = step_time(ours, swap) / step_time(eager)
         figures["most steps behind eager"] = most_behind(ours, eager)
+        figures["steps done at the end / eager's by then"] = steps_by(ours, end) / max(1, steps_by(eager, end))
     if (stock := runs.get("inductor")) is not None:
         stocks = stock["ends"][0]
         figures["first call / stock's"] = first / stocks
@@ -151,6 +157,11 @@ def ratios(runs: dict[str, Run], arm: str) -> dict[str, float]:
         figures["steps done when stock ends its first"] = steps_by(ours, stocks)
         figures["most steps behind stock"] = most_behind(ours, stock)
         figures["step after the swap / stock's"] = step_time(ours, swap) / step_time(stock)
+    steps = [b - a for a, b in pairwise(ours["ends"])]
+    bound = 2 * step_time(ours, first, swap) + 0.005
+    figures["worst call after the first / (2 medians before the swap + 5 ms)"] = (
+        max(steps, default=math.nan) / bound
+    )
     around = [b - a for a, b in pairwise(ours["ends"]) if swap - 2 <= b and a <= swap + 1]
     figures["worst call around the swap / a median step before"] = max(around, default=math.nan) / step_time(
         ours, first, swap
@@ -201,13 +212,14 @@ def main() -> None:
     parser.add_argument("--infer", action="store_true", help="inference instead of training")
     parser.add_argument("--runs", type=int, default=3, help="rounds of all arms; the medians are printed")
     parser.add_argument("--seconds", type=float, default=0.0, help="how long each arm steps")
+    parser.add_argument("--stretch", type=float, default=3.0, help="the same, as so many times stock's first call")
     parser.add_argument("--arms", help="of these, with commas: " + ", ".join(ARMS))
     parser.add_argument("--all-arms", action="store_true")
     parser.add_argument("--out", type=Path, default=output.RESULTS)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
-        print(json.dumps(run_arm(args.arm, args.model, not args.infer, args.seconds)))
+        print(json.dumps(run_arm(args.arm, args.model, not args.infer, args.seconds, args.stretch)))
         return
     wished = args.arms.split(",") if args.arms else [arm for arm in ARMS if args.all_arms or arm not in SELDOM]
     if not set(wished) <= set(ARMS) or ("inductor" not in wished and not args.seconds):
@@ -219,7 +231,7 @@ def main() -> None:
         runs: dict[str, Run] = {}
         seconds = args.seconds
         for arm in arms:
-            run = runs[arm] = spawn_arm(arm, args.model, args.infer, ARMS[arm].part * seconds)
+            run = runs[arm] = spawn_arm(arm, args.model, args.infer, ARMS[arm].part * seconds, args.stretch)
             seconds = seconds or run["ends"][-1]
             notes = f"{len(run['ends'])} steps of {1e3 * step_time(run):.0f} ms in {run['ends'][-1]:.0f} s"
             if run["swap"] is not None:

@@ -218,7 +218,7 @@ class Service:
 
     @property
     def compiling(self) -> bool:
-        """Whether workers of frame-swap's own have something to compile."""
+        """Whether something is being compiled by frame-swap's own workers, or loaded."""
         return busy.count > 0
 
     @property
@@ -249,7 +249,11 @@ class Service:
             finish()
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
-        self._load_soon(functools.partial(job._run_delivery, outcome))
+        def deliver() -> None:
+            with busy.one_more(1):
+                job._run_delivery(outcome)
+
+        self._load_soon(deliver)
 
     def _prepare_loading(self) -> None:
         """Import what loading needs, `PATIENCE` seconds after the first compile was asked for."""

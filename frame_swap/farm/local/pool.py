@@ -43,9 +43,9 @@ GPU_IDLE = 20.0
 
 
 class Busy:
-    """How many calls run in worker processes. While any does, threads of ops sleep where they wait; see openmp.py.
+    """How many calls run in worker processes, or load what these have made. Each takes a CPU.
 
-    Its lock is for pool threads alone.
+    While any does, threads of ops sleep where they wait; see openmp.py. Its lock is for threads of ours alone.
 
     Attributes:
         count: the calls.
@@ -59,7 +59,7 @@ class Busy:
 
     @contextlib.contextmanager
     def one_more(self, workers: int) -> Iterator[None]:
-        """Within the block, one call more runs; in one of so many workers."""
+        """Within the block, one call more runs; in one of so many workers, or on one thread."""
         from ...runtime import openmp  # it imports torch, which the program has done by now
 
         with self._lock:
@@ -184,14 +184,14 @@ class Pool:
         entry = self._queue.take()
         if entry is None:  # its call was cancelled, or another thread has run it
             return
-        try:
-            with busy.one_more(self.terms.size):
+        with busy.one_more(self.terms.size):  # what the result sets off begins within: it takes a CPU, too
+            try:
                 result = self._run(entry.call, entry.limit, entry.wanted)
-        except BaseException as error:
-            entry.future.set_exception(error)
-            del entry  # a cycle: the error's traceback holds this frame
-        else:
-            entry.future.set_result(result)
+            except BaseException as error:
+                entry.future.set_exception(error)
+                del entry  # a cycle: the error's traceback holds this frame
+            else:
+                entry.future.set_result(result)
 
     def _run(self, call: bytes, limit: float, wanted: Callable[[], bool]) -> Any:
         try:

@@ -57,7 +57,7 @@ def run() -> str:
 
         _send((*result, gpu.is_in_use()))
         _note("idle")
-        threading.Thread(target=_tidy, name="frame-swap-tidy", daemon=True).start()
+        _tidy_soon()
     except BaseException as error:
         return first_line(error)[:500]  # it has to fit through the pipe in one piece
     finally:
@@ -65,12 +65,24 @@ def run() -> str:
     return ""
 
 
-def _tidy() -> None:
-    """Give back what the last call has left behind, while the program takes its result."""
-    from ...internals import gpu
+TIDY_AFTER = 3.0
+"""Seconds from a result until a worker collects its garbage, for half a second: the program is loading meanwhile."""
 
-    gc.collect()
-    gpu.give_back_cached()
+
+def _tidy_soon() -> None:
+    """Give back what the last call has left behind, unless another one begins."""
+
+    def tidy() -> None:
+        from ...internals import gpu
+
+        if gc.isenabled():  # no call runs
+            gc.collect()
+            gpu.give_back_cached()
+
+    timer = threading.Timer(TIDY_AFTER, tidy)
+    timer.daemon = True
+    with contextlib.suppress(RuntimeError):  # out of threads
+        timer.start()
 
 
 def _send(result: tuple[Any, BaseException | None, bool]) -> None:
