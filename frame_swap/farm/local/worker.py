@@ -66,7 +66,7 @@ def run() -> str:
 
 
 TIDY_AFTER = 3.0
-"""Seconds from a result until a worker collects its garbage, for half a second: the program is loading meanwhile."""
+"""Seconds from a result until a worker collects its garbage, for half a second. The program loads meanwhile."""
 
 
 def _tidy_soon() -> None:
