@@ -70,6 +70,26 @@ an import of 0.5 s, a step of 6 ms took up to 218 ms, and with rests 13 (3000 sm
 T = TypeVar("T")
 
 
+class _Rests:
+    """A profiler that rests: Python calls it with each call and each return in its thread."""
+
+    def __init__(self, in_a_hurry: Callable[[], bool]) -> None:
+        self.since = time.perf_counter()
+        self._in_a_hurry = in_a_hurry
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        if time.perf_counter() - self.since > WORK and not self.rest():
+            sys.setprofile(None)
+
+    def rest(self) -> bool:
+        """Sleep for as long as this thread has worked since its last rest; False where it is in a hurry."""
+        if self._in_a_hurry():
+            return False
+        time.sleep(time.perf_counter() - self.since)
+        self.since = time.perf_counter()
+        return True
+
+
 def with_rests(call: Callable[[], T], in_a_hurry: Callable[[], bool]) -> T:
     """Return `call()`, and sleep after each `WORK` seconds for as long, until `in_a_hurry()`.
 
@@ -77,25 +97,11 @@ def with_rests(call: Callable[[], T], in_a_hurry: Callable[[], bool]) -> T:
     """
     if sys.getprofile() is not None or in_a_hurry():
         return call()
-    since = time.perf_counter()
-
-    def rest(frame: FrameType, event: str, argument: Any) -> None:  # called with each call and return in `call`
-        nonlocal since
-        worked = time.perf_counter() - since
-        if worked > WORK:
-            if in_a_hurry():
-                sys.setprofile(None)
-            else:
-                time.sleep(worked)
-            since = time.perf_counter()
-
-    _own.in_a_hurry = in_a_hurry
-    sys.setprofile(rest)
+    sys.setprofile(_Rests(in_a_hurry))
     try:
         return call()
     finally:
         sys.setprofile(None)
-        del _own.in_a_hurry
 
 
 def in_one_piece(call: Callable[[], T]) -> T:
@@ -104,20 +110,15 @@ def in_one_piece(call: Callable[[], T]) -> T:
     To look at the clock at each call makes code of many small calls three times as slow. It is for what takes some
     hundredths of a second at most.
     """
-    rest = sys.getprofile()
-    if rest is None or not hasattr(_own, "in_a_hurry"):
+    rests = sys.getprofile()
+    if not isinstance(rests, _Rests):
         return call()
     sys.setprofile(None)
-    start = time.perf_counter()
     try:
         return call()
     finally:
-        if not _own.in_a_hurry():
-            time.sleep(time.perf_counter() - start)
-            sys.setprofile(rest)
-
-
-_own = threading.local()  # `in_a_hurry`, while this thread works with rests
+        if rests.rest():
+            sys.setprofile(rests)
 
 
 def run_courteously(call: Callable[[], T]) -> T:
