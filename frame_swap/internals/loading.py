@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
-from .inductor import inductor_config
+from . import inductor
 
 __all__ = [
     "GENERATED",
@@ -51,7 +51,7 @@ def loading_options() -> dict[str, Any]:
     from torch._inductor.utils import BoxedBool
 
     return {
-        "cudagraphs": BoxedBool(inductor_config.triton.cudagraphs),
+        "cudagraphs": BoxedBool(inductor.inductor_config.triton.cudagraphs),
         "boxed_forward_device_index": BoxedDeviceIndex(None),
     }
 

@@ -52,9 +52,13 @@ def default_workers() -> int:
     return max(1, min(4, usable_cpus() // 2))
 
 
+MOST_COMPILERS = 32
+"""Each is a process, of a tenth of a gigabyte or more. Inductor starts no more in the program, either."""
+
+
 def compilers() -> int:
     """How many compilers all workers together may run at a time. A core is the program's, where there are some."""
-    return usable_cpus() - (usable_cpus() >= 4)
+    return min(MOST_COMPILERS, usable_cpus() - (usable_cpus() >= 4))
 
 
 def crowded_by(workers: int) -> bool:

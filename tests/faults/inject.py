@@ -59,7 +59,7 @@ def initialize(*args: Any) -> None:
         if fault.when == "compiling":
             precede(inductor, "stock_inductor", strike)
         elif fault.when == "loading":
-            precede(load, "load", strike)
+            precede(load, "try_out", strike)
         elif fault.when == "packing":
             precede(load, "pack", strike)
 

@@ -18,7 +18,7 @@ PROGRAM = """
     import torch
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     import frame_swap
-    from frame_swap.internals import dynamo, inductor
+    from frame_swap.internals import dynamo, loading
     from frame_swap import region
     from frame_swap.artifacts import load
     from frame_swap.farm.local import pool
@@ -144,7 +144,7 @@ def test_while_a_compile_waits_for_the_worker(run_program: Any) -> None:
 MOMENTS = {
     # The loader thread holds Dynamo's compile lock, and much of Inductor is patched.
     "a load": ("load, 'load', after=True", "check()"),
-    "an import": ("inductor, 'import_loading'", "check()"),
+    "an import": ("loading, 'import_loading'", "check()"),
     # Another thread's call has rewritten the entry, under Dynamo's compile lock.
     "an install": (
         "cache_entry, 'replace_code', after=True",
@@ -153,7 +153,7 @@ MOMENTS = {
     # Another thread has started a worker, and has not put it on its pool's list yet.
     "the start of workers": (
         "pool.Process, '__init__', after=True",
-        "frame_swap.configure(workers=2); in_background(workers.start)",
+        "frame_swap.configure(memory_limit=1e6); in_background(workers.start)",  # on other terms
     ),
 }
 

@@ -145,6 +145,7 @@ RETRYING = """
     from frame_swap.farm.workers import workers
     from faults import inject
     worker.initialize = inject.initialize
+    workers.pids(), workers.make_way()  # the one that the import has started is as it should be
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     compiled = torch.compile(lambda x: x.sin() + 1, backend="frame_swap")
     x = torch.randn(4)

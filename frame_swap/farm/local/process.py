@@ -126,7 +126,7 @@ class Process:
         arguments = (os.getpid(), machine.NICENESS, str(self.folder), terms.memory_limit)
         environment = {
             **ENVIRONMENT,
-            "TORCHINDUCTOR_COMPILE_THREADS": str(machine.usable_cpus()),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(machine.compilers()),
             tokens.FOLDER: _tokens_folder(),
             tokens.COUNT: str(machine.compilers()),
         }
