@@ -131,8 +131,9 @@ class Service:
         if uses.unfinished and not self._waits_for_leisure:
             self._waits_for_leisure = True
             self._at_leisure()
-        if all_there:
-            workers.make_way()
+        if all_there:  # to end one takes a tenth of a second
+            with contextlib.suppress(RuntimeError):  # out of threads: it stays until it is idle for too long
+                threading.Thread(target=workers.make_way, name="frame-swap-way", daemon=True).start()
         else:
             workers.start()
 
