@@ -9,6 +9,7 @@ run. `FRAME_SWAP_DISABLE=1` starts none.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,15 @@ def _start_a_worker() -> None:
     workers.start()
 
 
+def _is_looked_up() -> bool:
+    """Whether Dynamo looks up the backend: then `__getattr__` is next, which knows whether a worker is needed."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") != "torch._dynamo.backends.registry":
+        frame = frame.f_back
+    return frame is not None
+
+
 # A worker imports this package before it has lowered its priority: that must cost nothing. And our command line,
 # `python -m frame_swap`, compiles nothing itself.
-if not os.environ.get("FRAME_SWAP_WORKER") and sys.argv[:1] != ["-m"]:
+if not os.environ.get("FRAME_SWAP_WORKER") and sys.argv[:1] != ["-m"] and not _is_looked_up():
     _start_a_worker()

@@ -105,6 +105,19 @@ def test_the_import_starts_none_where_none_is_wanted(variable: tuple[str, str], 
     assert run_program(STARTED, **{f"FRAME_SWAP_{variable[0]}": variable[1]}).stdout.split() == ["0", "False"]
 
 
+def test_the_lookup_of_the_backend_starts_one(run_program: Any) -> None:
+    """Unless the store has all that the program needs; see tests/store."""
+    done = run_program(
+        """
+        import sys, torch
+        torch.compile(lambda x: x, backend="frame_swap")
+        from frame_swap.farm.workers import workers
+        print(len(workers.pids()))
+        """
+    )
+    assert done.stdout.split() == ["1"]
+
+
 def test_the_command_line_starts_none(run_program: Any) -> None:
     done = run_program(
         """
