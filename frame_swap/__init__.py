@@ -74,9 +74,9 @@ def _start_a_worker() -> None:
 
 
 def _is_looked_up() -> bool:
-    """Whether Dynamo looks up the backend: then `__getattr__` is next, which knows whether a worker is needed."""
+    """Whether torch looks up the backend: then `__getattr__` is next, which knows whether a worker is needed."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__") != "torch._dynamo.backends.registry":
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] != "torch":
         frame = frame.f_back
     return frame is not None
 
