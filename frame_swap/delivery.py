@@ -157,8 +157,15 @@ class Delivery:
             record.abandon()
         elif offer is not None:  # without the lock, which the next call needs
             trampoline.offer(offer)
+            self._ask_for_better()
+
+    def _ask_for_better(self) -> None:
+        """Once there is code, compile the autotuned code that may replace it."""
+        try:
             if (better := self._order.for_autotuned()) is not None:
-                request(better, Purpose.BETTER, self._sizes, replaces=attempt)
+                request(better, Purpose.BETTER, self._sizes, replaces=self._attempt)
+        except Exception:
+            log.warning("frame-swap: no autotuned code for %s", self._order.record, exc_info=True)
 
     def _offer(self, trampoline: Trampoline, outcome: Outcome, frame_open: bool) -> Offer | None:
         """Load the artifact and prepare the frame's code; None where that ends the attempt."""

@@ -44,7 +44,7 @@ def run() -> str:
     """Run the call in this worker's folder and write its result there. Return how that failed, or ""."""
     folder = Path(_folder)
     result: tuple[Any, BaseException | None]
-    gc.disable()  # an eighth of a compile's time, else; see `_tidy`
+    gc.disable()  # an eighth of a compile's time, else; see `_tidy_soon`
     try:
         call = pickle.loads((folder / CALL).read_bytes())
         os.unlink(folder / CALL)
