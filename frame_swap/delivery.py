@@ -157,10 +157,11 @@ class Delivery:
             record.abandon()
         elif offer is not None:  # without the lock, which the next call needs
             trampoline.offer(offer)
-            self._ask_for_better()
+            if offer.replaces is not None:  # calls go straight to what it is to replace, and none comes by
+                trampoline.install_unless_manual()
 
     def _ask_for_better(self) -> None:
-        """Once there is code, compile the autotuned code that may replace it."""
+        """Now that there is code, compile the autotuned code that may replace it."""
         try:
             if (better := self._order.for_autotuned()) is not None:
                 request(better, Purpose.BETTER, self._sizes, replaces=self._attempt)
@@ -191,6 +192,7 @@ class Delivery:
             awaited = frame_open and not trampoline.is_ahead
             served = Served.of(attempt, compiled, condition)
             offer = Offer(served, tuple(self._trials()), self._replaces, awaited=awaited)
+            self._ask_for_better()  # before the first is in place: the frame then keeps what leads to it
             if not frame_open:  # an open frame has no code yet
                 trampoline.prepare(offer)
             return offer

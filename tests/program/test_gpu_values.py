@@ -182,11 +182,13 @@ def test_both_tiers(no_warnings: None) -> None:
     compiled: Any = torch.compile(model, backend="frame_swap", mode="max-autotune")
     x = torch.rand(64, 256, device="cuda", dtype=torch.float16)
     with torch.no_grad():
-        for _ in range(120):
+        for _ in range(1000):
             torch.compiler.cudagraph_mark_step_begin()
             torch.testing.assert_close(compiled(x), model(x), **TOLERANCE[torch.float16])
             frame_swap.wait()
-    (region,) = live(frame_swap.report())
+            (region,) = live(frame_swap.report())
+            if region.compiles[-1].state in (State.INSTALLED, State.REJECTED) and len(region.compiles) == 2:
+                break
     assert [one.autotuned for one in region.compiles] == [False, True]
     assert [one.state for one in region.compiles] in (
         [State.REPLACED, State.INSTALLED],
