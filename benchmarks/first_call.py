@@ -115,10 +115,15 @@ def spawn_arm(arm: str, model: str, infer: bool, seconds: float, stretch: float)
 # --- The figures ---
 
 
+def is_steady(run: Run) -> bool:
+    """Whether nothing changes after its first call, so that it ran only for a part of the time."""
+    return ARMS[run["arm"]].part < 1
+
+
 def steps_by(run: Run, moment: float) -> int:
     """Steps that a run has done by then; one that ended earlier would have gone on as it was, if it was steady."""
     beyond = moment - run["ends"][-1]
-    more = int(beyond / step_time(run)) if beyond > 0 and ARMS[run["arm"]].part < 1 and len(run["ends"]) > 1 else 0
+    more = int(beyond / step_time(run)) if beyond > 0 and is_steady(run) and len(run["ends"]) > 1 else 0
     return bisect.bisect_right(run["ends"], moment) + more
 
 
@@ -130,7 +135,7 @@ def step_time(run: Run, after: float = 0.0, before: float = math.inf, *, mean: b
 
 def most_behind(run: Run, rival: Run) -> int:
     """By how many steps `rival` was ahead, at its best moment; 0 if never."""
-    until = run["ends"][-1] if ARMS[rival["arm"]].part < 1 else min(run["ends"][-1], rival["ends"][-1])
+    until = run["ends"][-1] if is_steady(rival) else min(run["ends"][-1], rival["ends"][-1])
     moments = (t for t in [*rival["ends"], *run["ends"]] if t <= until)
     return max([0, *(steps_by(rival, t) - steps_by(run, t) for t in moments)])
 

@@ -3,7 +3,7 @@
 Guarantees:
 - In a worker, the kernel has the source, the globals that it reads, the parameters and the configs that it has in
   the program. It is compiled there, and never run.
-- Other kernels that it calls travel along, by import where that can be done.
+- Other kernels that it calls travel along, by value, too.
 
 Triton reads a kernel's source from the file of its function, which a worker need not have (a notebook's cell): the
 lines travel, too.
