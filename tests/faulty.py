@@ -6,8 +6,10 @@ A module of its own, so that workers can import it.
 from __future__ import annotations
 
 import operator
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -110,3 +112,19 @@ class IfAutotuned(CustomGraphPass):
 
     def uuid(self) -> str:
         return f"{self.autotuned} {self.other.uuid()}"
+
+
+class Meet(CustomGraphPass):
+    """A custom pass of Inductor that goes on once a second process has come to it; it changes nothing."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        Path(self.folder, str(os.getpid())).touch()
+        end = time.monotonic() + 200
+        while len(list(Path(self.folder).iterdir())) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def uuid(self) -> str:
+        return f"meet {self.folder}"

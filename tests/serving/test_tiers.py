@@ -9,11 +9,11 @@ from typing import Any
 import faulty
 import pytest
 import torch
-from helpers import live
+from helpers import live, until
 from torch import Tensor
 
 import frame_swap
-from frame_swap import FrameSwapWarning, Region, State
+from frame_swap import Compile, FrameSwapWarning, Region, State
 from frame_swap.checking.profit import CALLS, WARM_UP
 from frame_swap.region import Purpose
 
@@ -31,11 +31,16 @@ def slow_sine(x: Tensor) -> Tensor:
 
 def settled(call: Callable[[], Any]) -> Region:
     """Make calls until there is a verdict on the second tier; a call beside a compile or a load is not measured."""
-    for _ in range(100 * TIMED):
+
+    def attempts() -> tuple[Compile, ...]:
         call()
         (region,) = live(frame_swap.report())
-        states = [one.state for one in region.compiles]
-        if len(states) == 2 and not {State.PENDING, State.READY, State.TRIAL} & {*states}:
+        return region.compiles
+
+    until(lambda: len(attempts()) == 2 and State.PENDING not in {one.state for one in attempts()})
+    for _ in range(100 * TIMED):
+        if not {State.READY, State.TRIAL} & {one.state for one in attempts()}:
+            (region,) = live(frame_swap.report())
             return region
     raise AssertionError(frame_swap.report())
 
