@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -62,7 +61,8 @@ def frame_swap_backend(
     # 1. Capture
     frame = dynamo.captured_frame()
     record = Record(frame.code if frame else None, str(gm.meta.get("dynamo_compile_id") or ""))
-    with record.captured():
+    record.size = len(gm.graph.nodes)
+    with record.captured(dynamo.began_to_trace()):
         return _start(record, frame, gm, example_inputs, changes, wished)
 
 
@@ -89,16 +89,15 @@ def _start(
         record.attempts[0].move(Event.DECLINED, 'when="never"')
     else:
         try:
-            start = time.perf_counter()
-            packed = parcel.pack(gm, example_inputs, first_changes, record.compile_id or None)
-            record.ship_s = time.perf_counter() - start
+            with record.journal.span("ship"):
+                packed = parcel.pack(gm, example_inputs, first_changes, record.compile_id or None)
             beside.checkpoint()
         except Unshippable as error:
             return _compile_in_foreground(record, str(error), gm, example_inputs, changes)
         order = Order(
             record,
             packed,
-            len(gm.graph.nodes),
+            record.size,
             first_changes,
             shapes=fake_tensors.FrameShapes(example_inputs),
             limit=dynamo.recompile_limit(),
@@ -115,7 +114,8 @@ def _start(
 
     # 3. Serve
     try:
-        with echo.muted() if delivery is not None else contextlib.nullcontext():
+        muted = echo.muted() if delivery is not None else contextlib.nullcontext()
+        with record.journal.span("prepare eager code"), muted:
             eager = eager_code(gm, example_inputs, wished.first, why, compiled=found is not None)
     except dynamo.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
         record.abandon("Dynamo started the frame over")
@@ -149,10 +149,10 @@ def _compile_in_foreground(
     if beside.is_beside():
         raise beside.GivenUp(reason, lasting=True)
     service.make_way()
-    start = time.perf_counter()
-    compiled = inductor.stock_inductor(gm, example_inputs, changes)
     attempt = record.attempts[0]
-    attempt.compile_s = time.perf_counter() - start
+    with attempt.journal.span("compile"):
+        compiled = inductor.stock_inductor(gm, example_inputs, changes)
+    attempt.compile_s = attempt.journal.seconds("compile")
     attempt.move(Event.FOREGROUND, reason)  # not where it raises: Dynamo then breaks the graph, as for stock
     return compiled
 

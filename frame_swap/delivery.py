@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import logging
 import pickle
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -118,10 +117,14 @@ class Delivery:
 
     def request(self, *, deliver: bool = True) -> Job:
         """Submit the compile. Its outcome goes to `arrived`; without `deliver` the caller waits for the job."""
-        order, calls = self._order, self._order.record.eager_calls
-        demand = Demand(lambda: order.record.eager_calls - calls, order.size, awaited=not deliver)
+        order, attempt, calls = self._order, self._attempt, self._order.record.eager_calls
+
+        def calls_since() -> int:
+            return order.record.eager_calls - calls
+
+        demand = Demand(calls_since, order.size, awaited=not deliver, begins=attempt.begins)
+        attempt.tell("shipped", order.record.ship_s, f"{order.size} nodes")
         if self._at is not None:
-            attempt = self._attempt
             reuse.uses.asked(self._at, order.parcel, self._sizes or {}, lambda: attempt.state is State.PENDING)
         job = service.submit(order.parcel, self.arrived if deliver else None, self._sizes, demand, self._at)
         self._attempt.began(job.cancel)
@@ -131,15 +134,18 @@ class Delivery:
         """A worker has sent `outcome`; `frame_open`: Dynamo still traces the frame, and waits for this."""
         # 5. Compile
         attempt, record = self._attempt, self._order.record
-        attempt.compiled(outcome.submitted, outcome.started, outcome.finished, outcome.pid)
+        attempt.compiled(outcome.submitted, outcome.started, outcome.finished, outcome.pid, outcome.phases)
         echo.replay(outcome.echo, record.compile_id or None)
         for remark in outcome.remarks:
             _warn_once(remark)
+        whose = f"in worker {outcome.pid}, whose log is {outcome.log}" if outcome.log else ""
         if outcome.artifact is None:
-            log.info("frame-swap: compile of %s failed\n%s", record, outcome.details)
+            log.info("frame-swap: compile of %s failed %s\n%s", record, whose, outcome.details)
             self._give_up(Event.FAILED, f"its compile failed: {outcome.error}")
             return
         attempt.artifact_bytes = len(outcome.artifact)
+        what = "found" if outcome.store == "found" else "compiled"
+        attempt.tell(what, attempt.compile_s, f"{attempt.artifact_bytes / 1e3:.0f} kB", whose)
         reason = self._order.parcel.uncacheable
         attempt.store = outcome.store or (f"not kept: {reason}" if reason else "")
         self._from_store = outcome.store == "found"
@@ -170,49 +176,51 @@ class Delivery:
 
     def _offer(self, trampoline: Trampoline, outcome: Outcome, frame_open: bool) -> Offer | None:
         """Load the artifact and prepare the frame's code; None where that ends the attempt."""
-        assert outcome.artifact is not None
-        order, attempt = self._order, self._attempt
-        start = time.perf_counter()
+        record = self._order.record
         try:
-            guarded = trampoline.site is not None
-            compiled = reuse.uses.take(self._at) if guarded else None
-            if compiled is None:
-                compiled = load.load(outcome.artifact, order.parcel.state, order.options, guarded=guarded)
-            attempt.wrappers = compiled.wrappers
-            if not order.repeatable:
-                compiled = compiled._replace(repeatable=False)
-            relations = pickle.loads(outcome.late_guards)
-            # Late guards of code from the store stay late, as they were for the run that compiled it. As guards of
-            # the frame they would have Dynamo capture it anew for sizes whose code the store has for this region.
-            if frame_open and (order.settings.when == "wait" or not self._from_store):
-                order.shapes.guard_on(relations)
-            condition, attempt.late_guards = condition_of(relations, order.shapes)
-            if condition is not None and trampoline.specialiser is None:
-                trampoline.specialiser = Specialiser(order.shapes.sizes, self._specialise, order.limit)
-            awaited = frame_open and not trampoline.is_ahead
-            served = Served.of(attempt, compiled, condition)
-            offer = Offer(served, tuple(self._trials()), self._replaces, awaited=awaited)
-            self._ask_for_better()  # before the first is in place: the frame then keeps what leads to it
-            if not frame_open:  # an open frame has no code yet
-                trampoline.prepare(offer)
-            return offer
+            with self._attempt.journal.span("load"):
+                return self._loaded(trampoline, outcome, frame_open)
         except guards.Inexpressible as error:
             self._give_up(Event.REJECTED, f"a late guard: {error}")
         except UnusableArtifact as error:
             if not self._make_again(error, frame_open):
                 self._give_up(Event.REJECTED, str(error))
         except FrameGone:
-            order.record.abandon()
+            record.abandon()
         except Exception as error:
             if service.stopped:  # imports fail while the interpreter exits, and nobody wants to know
                 return None
             if self._make_again(error, frame_open):
                 return None
-            log.info("frame-swap: loading %s failed", order.record, exc_info=True)
+            log.info("frame-swap: loading %s failed", record, exc_info=True)
             self._give_up(Event.FAILED, f"loading its compiled code failed: {type(error).__name__}: {error}")
-        finally:
-            attempt.load_s = time.perf_counter() - start
         return None
+
+    def _loaded(self, trampoline: Trampoline, outcome: Outcome, frame_open: bool) -> Offer:
+        order, attempt = self._order, self._attempt
+        assert outcome.artifact is not None
+        guarded = trampoline.site is not None
+        compiled = reuse.uses.take(self._at) if guarded else None
+        if compiled is None:
+            compiled = load.load(outcome.artifact, order.parcel.state, order.options, guarded=guarded)
+        attempt.wrappers = compiled.wrappers
+        if not order.repeatable:
+            compiled = compiled._replace(repeatable=False)
+        relations = pickle.loads(outcome.late_guards)
+        # Late guards of code from the store stay late, as they were for the run that compiled it. As guards of
+        # the frame they would have Dynamo capture it anew for sizes whose code the store has for this region.
+        if frame_open and (order.settings.when == "wait" or not self._from_store):
+            order.shapes.guard_on(relations)
+        condition, attempt.late_guards = condition_of(relations, order.shapes)
+        if condition is not None and trampoline.specialiser is None:
+            trampoline.specialiser = Specialiser(order.shapes.sizes, self._specialise, order.limit)
+        awaited = frame_open and not trampoline.is_ahead
+        served = Served.of(attempt, compiled, condition)
+        offer = Offer(served, tuple(self._trials()), self._replaces, awaited=awaited)
+        self._ask_for_better()  # before the first is in place: the frame then keeps what leads to it
+        if not frame_open:  # an open frame has no code yet
+            trampoline.prepare(offer)
+        return offer
 
     def _make_again(self, error: Exception, frame_open: bool) -> bool:
         """Whether what cannot be loaded came from the store: then it is removed there, and compiled once more."""

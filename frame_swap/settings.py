@@ -101,6 +101,11 @@ def _is_switch(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: give True or False")
 
 
+def _is_verbosity(name: str, value: Any) -> None:
+    if value not in (0, 1):
+        raise ValueError(f"{name}={value!r}: give 0 or 1")
+
+
 def _is_folder(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name}={value!r}: give a folder, or None for the temporary one")
@@ -252,6 +257,21 @@ class Settings:
         then autotuned code, which replaces it only where it is measured to be faster. "one": autotuned code alone,
         as with `when="wait"`.""",
         _is_one_of(*get_args(Tiers)),
+        str,
+    )
+
+    verbose: int = _setting(
+        0,
+        """1 prints a line on stderr for each step of a compile: seconds since the program began, graph, tier, step,
+        how long it took, size. 0 prints none.""",
+        _is_verbosity,
+        int,
+    )
+    log_dir: str | None = _setting(
+        None,
+        """The folder in which each worker keeps its log, `worker-PID.log`: what it does, and what it and its
+        compilers print. None stands for the worker's temporary folder, which is removed when the worker ends.""",
+        _is_folder,
         str,
     )
 

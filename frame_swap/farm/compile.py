@@ -20,12 +20,15 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import first_line
 from ..runtime.patching import patched, patched_environment, restored_environment
 from . import place
 from .protocol import Outcome, Request
+
+if TYPE_CHECKING:
+    from ..internals.phases import Phases
 
 # These variables are read when torch is imported, and settings give way to them.
 _CACHE_SWITCHES = (
@@ -41,15 +44,31 @@ def compile_graph(request: Request) -> Outcome:
     artifact, guards, error, details = None, b"", "", ""
     heard: list[bytes] = []
     remarks: list[str] = []
+    phases: Phases | None = None  # it needs torch
     allow_caches()
     place.note("compiling")
     try:
-        artifact, guards = _compile(request, heard.append, remarks)
+        from ..internals import phases as torch_phases
+
+        phases = torch_phases.Phases()
+        artifact, guards = _compile(request, heard.append, remarks, phases)
     except BaseException as failure:
         error = f"{first_line(failure)}; {_advice(failure)}"
         details = traceback.format_exc()
+        place.log(details)
     echo, times = b"".join(heard), (request.submitted, started, time.time())
-    return Outcome(artifact, guards, error, details, *times, os.getpid(), echo, tuple(remarks))
+    return Outcome(
+        artifact,
+        guards,
+        error,
+        details,
+        *times,
+        os.getpid(),
+        echo,
+        tuple(remarks),
+        phases=phases.longest() if phases is not None else (),
+        log=place.log_file(),
+    )
 
 
 def allow_caches() -> None:
@@ -58,12 +77,15 @@ def allow_caches() -> None:
         os.environ.pop(variable, None)
 
 
-def _compile(request: Request, keep_echo: Callable[[bytes], None], remarks: list[str]) -> tuple[bytes, bytes]:
+def _compile(
+    request: Request, keep_echo: Callable[[bytes], None], remarks: list[str], phases: Phases
+) -> tuple[bytes, bytes]:
     """The artifact, and the pickled late guards.
 
     Args:
         keep_echo: called with what the compile leaves behind, also where it fails.
         remarks: gets what the user should be warned of.
+        phases: gets those of the compile.
     """
     from ..artifacts import folders, libraries, load
     from ..internals import dynamo, fake_tensors, inductor, tuning
@@ -87,7 +109,8 @@ def _compile(request: Request, keep_echo: Callable[[bytes], None], remarks: list
     ):
         remarks += warned
         _forget_other_cache_folder(inductor.forget_written_files)
-        gm, inputs, fake_mode = graph.unpack(content.graph, request.sizes)
+        with phases.phase("unpack the graph"):
+            gm, inputs, fake_mode = graph.unpack(content.graph, request.sizes)
         if content.kernels is not None:
             content.kernels.register(gm)
         shapes = fake_mode.shape_env
@@ -102,16 +125,19 @@ def _compile(request: Request, keep_echo: Callable[[bytes], None], remarks: list
             fake_tensors.with_constant_floats(content.constant_floats),
             inductor.backward_before_forward(),
             inductor.serialisable(),
+            phases.recorded(),
             tuning.winners_kept(),
             tuning.in_slices() if inductor.autotunes(options) else contextlib.nullcontext(),
         ):
             compiled: Any = inductor.stock_inductor(gm, inputs, options)
-            entry = compiled.serialize()
+            with phases.phase("serialise"):
+                entry = compiled.serialize()
         late = [guard.expr for guard in shapes.guards[known:]]
         packed = load.pack(entry, kernels)
         del compiled, entry, kernels
         place.note("loading what it had compiled")
-        return load.try_out(packed, state, options), pickle.dumps(late)
+        with phases.phase("load once, to try it out"):
+            return load.try_out(packed, state, options), pickle.dumps(late)
 
 
 def _advice(failure: BaseException) -> str:

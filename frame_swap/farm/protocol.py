@@ -37,6 +37,8 @@ class Outcome:
         remarks: what the user should be warned of besides.
         store: "found" where nothing was compiled, since the store had the artifact; "kept" where it has it now;
             else why it has not, or "" where there is no store.
+        phases: of the compile, each with its name and when it began and ended, in seconds since the epoch.
+        log: the file in which the worker says what it does; "" where it has none.
     """
 
     artifact: bytes | None
@@ -50,3 +52,5 @@ class Outcome:
     echo: bytes = b""
     remarks: tuple[str, ...] = ()
     store: str = ""
+    phases: tuple[tuple[str, float, float], ...] = ()
+    log: str = ""

@@ -33,11 +33,13 @@ class Demand:
         calls: how many calls the compiled code would have served so far.
         size: of what is compiled, in nodes of the graph.
         awaited: whether somebody waits for it.
+        begins: called when a worker takes it.
     """
 
     calls: Callable[[], int] = lambda: 0
     size: int = 1
     awaited: bool = False
+    begins: Callable[[], None] = lambda: None
 
 
 NO_CALLS = Demand()
@@ -74,6 +76,10 @@ class Entry:
         """Calls since they were last counted."""
         return self._demand.calls() - (self._counted or 0)
 
+    def begins(self) -> None:
+        """A worker takes it."""
+        self._demand.begins()
+
     def count(self) -> None:
         """Count its calls; without new ones it is cold."""
         self._cold = self._counted is not None and not self.new_calls
@@ -101,6 +107,7 @@ class Queue:
             for entry in sorted(self._waiting, key=lambda entry: entry.worth, reverse=True):  # stable
                 self._waiting.remove(entry)
                 if entry.future.set_running_or_notify_cancel():
+                    entry.begins()
                     return entry
             return None
 

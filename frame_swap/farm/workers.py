@@ -93,7 +93,7 @@ class Workers:
         self.__init__()  # type: ignore[misc]
 
     def _on_terms(self, wished: settings.Settings) -> Pool:
-        terms = Terms(wished.workers, wished.idle_timeout, wished.memory_limit * 1e9)
+        terms = Terms(wished.workers, wished.idle_timeout, wished.memory_limit * 1e9, wished.log_dir)
         with self._lock:
             if self.stopped:
                 raise RuntimeError("the interpreter is shutting down")

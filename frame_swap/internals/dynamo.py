@@ -32,6 +32,7 @@ __all__ = [
     "CapturedFrame",
     "TorchDynamoException",
     "adopt_code",
+    "began_to_trace",
     "cache_entries",
     "captured_frame",
     "captured_whole",
@@ -72,6 +73,12 @@ def captured_frame() -> CapturedFrame | None:
         inlined = reversed(root.output.traced_code)
         code = next((c for c in inlined if not c.co_filename.endswith(_SHELLS)), code)
     return CapturedFrame(code, root.f_globals)
+
+
+def began_to_trace() -> float | None:
+    """When Dynamo began to trace this thread's frame, in seconds since the epoch; None where it traces none."""
+    metrics = get_metrics_context()
+    return metrics._start_time_ns / 1e9 if metrics.in_progress() else None
 
 
 def recompile_limit() -> int:

@@ -3,6 +3,7 @@
 Guarantees:
 - The state changes only by the table in states.py. `move` is atomic, and wakes those who wait for compiles.
 - A failure is warned of once. A filter that turns the warning into an error does not make a call raise.
+- What has happened is told before those who wait for it wake up.
 - When an attempt is abandoned, its job is cancelled, and nothing here keeps the job alive.
 """
 
@@ -11,9 +12,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..internals.phases import Phase
+from .journal import Journal, News, tell
 from .registry import changed, lock
 from .report import Compile
 from .states import Event, IllegalTransition, Purpose, State, following
@@ -40,6 +44,11 @@ class Attempt:
     Args:
         record: the region.
         purpose: what it is for.
+
+    Attributes:
+        begun_at: when a worker began with it, in seconds since the epoch; None before, and in a user's executor.
+        phases: of the compile in the worker.
+        journal: of what was done for it in this process.
     """
 
     def __init__(self, record: Record, purpose: Purpose = Purpose.FIRST) -> None:
@@ -49,8 +58,6 @@ class Attempt:
         self.reason = ""
         self.queue_s: float | None = None
         self.compile_s: float | None = None
-        self.load_s: float | None = None
-        self.install_s: float | None = None
         self.artifact_bytes: int | None = None
         self.late_guards: tuple[str, ...] = ()
         self.wrappers: tuple[str, ...] = ()
@@ -61,10 +68,28 @@ class Attempt:
         self.worker_pid: int | None = None
         self.compile_span: tuple[float, float] | None = None
         self.installed_at: float | None = None
+        self.begun_at: float | None = None
+        self.phases: tuple[Phase, ...] = ()
+        self.journal = Journal()
         self._cancel: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         return f"<Attempt {self.purpose} of {self._record.compile_id} {self._record.frame}: {self.state}>"
+
+    @property
+    def load_s(self) -> float | None:
+        """Seconds spent loading; None until it is over."""
+        return self.journal.seconds("load")
+
+    @property
+    def install_s(self) -> float | None:
+        """Seconds spent installing; None until it is over."""
+        return self.journal.seconds("install")
+
+    @property
+    def tier(self) -> str:
+        """In a word, which of the region's compiles it is."""
+        return "autotuned" if self.autotuned else "sizes" if self.purpose is Purpose.SIZES else "default"
 
     @property
     def outcome(self) -> str:
@@ -95,8 +120,22 @@ class Attempt:
             if new is self.state and event is not Event.INSTALLED:
                 return False
             self.state, self.reason = new, reason
-            changed.notify_all()
-            return True
+        try:
+            self._tell(event, reason)
+        finally:
+            with lock:
+                changed.notify_all()
+        return True
+
+    def tell(self, what: str, seconds: float | None = None, size: str = "", reason: str = "") -> None:
+        """Tell those who listen; the arguments are as for `News`."""
+        record = self._record
+        tell(News(what, record.compile_id, record.frame, self.tier, seconds, size, reason))
+
+    def _tell(self, event: Event, reason: str) -> None:
+        self.journal.note(event.name.lower(), reason)
+        seconds = {Event.LOADED: self.load_s, Event.INSTALLED: self.install_s, Event.FOREGROUND: self.compile_s}
+        self.tell(event.name.lower(), seconds.get(event), reason=reason)
 
     def fail(self, event: Event, reason: str, *, warn: bool = True) -> None:
         """Its code will not come, or is not to be used (`event`: FAILED or REJECTED): one warning says why."""
@@ -111,21 +150,28 @@ class Attempt:
         if self.state is not State.PENDING or self.compile_s is not None:  # the frame went, or the outcome came
             self.cancel_job()
 
+    def begins(self) -> None:
+        """A worker begins with it."""
+        self.begun_at = time.time()
+        self.tell("compiling")
+
     def cancel_job(self) -> None:
         """Drop the job, if one is queued or under way, and what it holds."""
         cancel, self._cancel = self._cancel, None
         if cancel is not None:
             cancel()
 
-    def compiled(self, submitted: float, started: float, finished: float, pid: int) -> None:
+    def compiled(
+        self, submitted: float, started: float, finished: float, pid: int, phases: tuple[Phase, ...] = ()
+    ) -> None:
         """The compile was asked for, began and ended at these times (seconds since the epoch), in process `pid`."""
         self.queue_s, self.compile_s = max(0.0, started - submitted), finished - started
-        self.compile_span, self.worker_pid = (started, finished), pid or None
+        self.compile_span, self.worker_pid, self.phases = (started, finished), pid or None, phases
         self._cancel = None  # nothing is left to cancel, and the job holds the artifact
 
     def begin_again(self) -> None:
         """Forget an outcome that cannot be used: a new compile begins."""
-        self.queue_s = self.compile_s = self.artifact_bytes = self.compile_span = None
+        self.queue_s = self.compile_s = self.artifact_bytes = self.compile_span = self.begun_at = None
         self.store = ""
 
     def forked(self) -> None:

@@ -10,6 +10,7 @@ Guarantees:
 from __future__ import annotations
 
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 from ..errors import FrameSwapWarning, first_line
 from .attempt import Attempt
+from .journal import Journal
 from .registry import changed, lock
 from .report import Region, Summary
 from .states import Event, State, leading
@@ -31,6 +33,10 @@ class Record(Summary):
     Args:
         code: of the user's function; None where the graph was called outside of a frame.
         compile_id: Dynamo's.
+
+    Attributes:
+        size: of the graph, in nodes.
+        journal: of its capture.
     """
 
     def __init__(self, code: CodeType | None, compile_id: str) -> None:
@@ -38,7 +44,8 @@ class Record(Summary):
         self.compile_id = compile_id
         self.eager = self.eager_reason = ""
         self.eager_calls = 0
-        self.ship_s: float | None = None
+        self.size = 0
+        self.journal = Journal()
         self.attempts: list[Attempt] = [Attempt(self)]
         self._server: weakref.ref[Any] | None = None
 
@@ -64,6 +71,11 @@ class Record(Summary):
         if not lasting:
             return ""
         return lasting[-1].outcome if self.state is State.INSTALLED else lasting[-1].reason
+
+    @property
+    def ship_s(self) -> float | None:
+        """Seconds spent packing the graph; None where it was not packed."""
+        return self.journal.seconds("ship")
 
     @property
     def awaited(self) -> bool:
@@ -128,8 +140,13 @@ class Record(Summary):
             )
 
     @contextmanager
-    def captured(self) -> Iterator[None]:
-        """The block captures the region, which is in the report from now on. Abandon it where the block raises."""
+    def captured(self, began: float | None = None) -> Iterator[None]:
+        """The block captures the region, which is in the report from now on. Abandon it where the block raises.
+
+        Args:
+            began: when Dynamo began to trace its frame, in seconds since the epoch; None where it did not.
+        """
+        began = began or time.time()
         try:
             with lock:
                 _records.append(self)
@@ -137,6 +154,8 @@ class Record(Summary):
         except BaseException as error:
             self.abandon(f"its capture ended with {first_line(error)}")
             raise
+        finally:
+            self.journal.worked("capture", began)
 
 
 _records: list[Record] = []

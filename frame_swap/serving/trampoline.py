@@ -108,6 +108,9 @@ class Trampoline:
                 self.install(wait=PATIENCE if offer.awaited else False)
             if (on_trial := self._on_trial(args)) is not None:
                 return self._call_on_trial(on_trial, args)
+            if self._served_for(args) is offer.served:
+                with offer.attempt.journal.span("first compiled call"):
+                    return self._call_compiled(offer.served, args)
         if (served := self._served_for(args)) is not None:
             return self._call_compiled(served, args)
         if (specialiser := self.specialiser) is not None:
@@ -153,8 +156,7 @@ class Trampoline:
         finally:
             del error  # as in `recover`
         outputs = self._call_eager(args)
-        offer = self._offers.first
-        if offer is not None and offer.served is served and offer.replaces is not None:
+        if (offer := self._offers.first) and offer.served is served and offer.replaces is not None:
             self._reject_offer(offer, reason)
         else:
             self.reject(reason)
@@ -288,10 +290,9 @@ class Trampoline:
                 self._lead_here(offer)
             offer.attempt.move(Event.TRIED)
         else:
-            start = time.perf_counter()
-            remark = self._put_in_place(offer)
+            with offer.attempt.journal.span("install"):
+                remark = self._put_in_place(offer)
             if offer.attempt.state is not State.INSTALLED:
-                offer.attempt.install_s = time.perf_counter() - start
                 offer.attempt.installed_at = time.time()
             offer.attempt.move(Event.INSTALLED, "; ".join(filter(None, [remark, offer.remark])))
             self._drop(offer)  # not before: a call whose interrupt came earlier does it again

@@ -241,8 +241,10 @@ def test_nothing_listens() -> None:
     pids = workers.pids()
     assert pids
     assert sockets_of(os.getpid(), *pids) == []
-    pipes = [os.readlink(f"/proc/{pids[0]}/fd/{fd}") for fd in (0, 1, 2)]
-    assert pipes == [os.devnull] * 3
+    (process, *_) = workers.pool._processes
+    standard = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1, 2)]
+    assert standard == [os.devnull, process.log, process.log]
+    assert stat.S_IMODE(os.stat(process.log).st_mode) == 0o600
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])

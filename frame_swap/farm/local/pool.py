@@ -156,7 +156,7 @@ class Pool:
         """
         self._threads.shutdown(wait=False)
         with changing:
-            if heir is not None and heir.terms.memory_limit == self.terms.memory_limit:
+            if heir is not None and heir.terms[2:] == self.terms[2:]:  # what a process is started with
                 self._heir = heir
                 for process in list(self._free)[: heir.terms.size]:
                     self._free.pop(process).cancel()

@@ -42,6 +42,9 @@ from . import tokens, worker
 GROWTH = 500_000_000
 """A process that has grown by more bytes than this since its smallest call is replaced: Inductor keeps a lot."""
 
+LAST_LINES = 20
+"""How many lines of its log a lost process is quoted with."""
+
 ENVIRONMENT = {
     **machine.WORKER_ENVIRONMENT,
     "FRAME_SWAP_WORKER": "1",  # so that it starts none itself
@@ -87,11 +90,13 @@ class Terms(NamedTuple):
         size: how many there are at most.
         idle_timeout: seconds after which one with nothing to do ends.
         memory_limit: bytes that one may hold, with the compilers that it runs.
+        log_dir: the folder for their logs; None where a log goes with its process.
     """
 
     size: int
     idle_timeout: float
     memory_limit: float
+    log_dir: str | None = None
 
 
 class Lost(RuntimeError):
@@ -113,6 +118,7 @@ class Process:
 
     Attributes:
         holds_gpu: whether it holds memory of a GPU, as it does from the first compile for one until it ends.
+        log: the file in which it says what it does, and which has what it prints.
 
     Raises:
         Exception: it could not be started.
@@ -123,7 +129,7 @@ class Process:
         self._least = math.inf
         _running.add(self)
         self.folder = Path(tempfile.mkdtemp(prefix="frame-swap-"))  # 0700
-        arguments = (os.getpid(), machine.NICENESS, str(self.folder), terms.memory_limit)
+        arguments = (os.getpid(), machine.NICENESS, str(self.folder), terms.memory_limit, terms.log_dir)
         environment = {
             **ENVIRONMENT,
             "TORCHINDUCTOR_COMPILE_THREADS": str(machine.compilers()),
@@ -143,6 +149,7 @@ class Process:
         # The program may wait for all `multiprocessing.active_children()`: this is none of its.
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
         self.pid: int = self._process.pid
+        self.log = worker.log_path(str(self.folder), terms.log_dir, self.pid)
 
     @property
     def alive(self) -> bool:
@@ -211,14 +218,16 @@ class Process:
 
     def _loss(self, limit: float) -> Lost:
         # The worker writes plain text, into a folder of this user's.
-        stage, last_words, traceback = map(self._left, ("stage", "last_words", "traceback"))
+        stage, last_words, traceback = (self._left(self.folder / n) for n in ("stage", "last_words", "traceback"))
         stage = stage or "starting"
+        printed = self._left(Path(self.log)).splitlines()[-LAST_LINES:]
+        details = "\n".join([traceback, f"the last lines of {self.log}:", *printed]).lstrip()
         self.end()
         if self._overdue:
             advice = "frame_swap.configure(job_timeout=...) allows it more"
-            return Lost(f"it was still {stage} after job_timeout={limit:g} s; {advice}", traceback, again=False)
+            return Lost(f"it was still {stage} after job_timeout={limit:g} s; {advice}", details, again=False)
         if last_words:
-            return Lost(f"{last_words}, while {stage}", traceback, again=False)
+            return Lost(f"{last_words}, while {stage}", details, again=False)
         code: int = self._process.exitcode or 0
         if code < 0:
             how = f"was killed by {SIGNAL_NAMES.get(-code, -code)} while {stage}"
@@ -228,11 +237,12 @@ class Process:
         advice = "the logger frame_swap has its traceback at level INFO"
         if code == -signal.SIGKILL:
             advice = "if memory ran out, frame_swap.configure(workers=1) needs less of it"
-        return Lost(f"the worker was lost: it {how}; {advice}", traceback)
+        return Lost(f"the worker was lost: it {how}; {advice}", details)
 
-    def _left(self, name: str) -> str:
+    @staticmethod
+    def _left(path: Path) -> str:
         try:
-            return Path(self.folder, name).read_text(errors="replace").strip()
+            return path.read_text(errors="replace").strip()
         except OSError:
             return ""
 

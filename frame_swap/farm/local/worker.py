@@ -9,6 +9,7 @@ Guarantees:
 - `run` raises nothing and returns a short text. A result is in the worker's folder as a whole, or not at all.
 - However the worker ends, its folder says in plain text what it was doing: `stage`, and `traceback` or `last_words`
   if there was time to write them. Temporary files of the worker and its compilers are there, too.
+- What the worker and its compilers print goes into the worker's log, and nowhere else.
 """
 
 from __future__ import annotations
@@ -92,18 +93,22 @@ def _send(result: tuple[Any, BaseException | None, bool]) -> None:
     unfinished.rename(Path(_folder, RESULT))
 
 
-def initialize(parent: int, niceness: int, folder: str, memory_limit: float) -> None:
+def log_path(folder: str, log_dir: str | None, pid: int) -> str:
+    """The log of the worker `pid`: in `log_dir`, or in the worker's own folder."""
+    return os.path.join(folder, "log") if log_dir is None else os.path.join(log_dir, f"worker-{pid}.log")
+
+
+def initialize(parent: int, niceness: int, folder: str, memory_limit: float, log_dir: str | None) -> None:
     """Make this process a worker of `parent`; runs once, before the first job.
 
     Args:
         niceness: by how much its priority is lower.
         folder: its own, for what it leaves behind.
         memory_limit: bytes that it may hold, with its compilers.
+        log_dir: where its log is kept when it has ended; None where that goes, too.
     """
     global _folder, _traceback_file  # which stays open
     _folder = folder
-    place.enter(_note, folder)
-    _note("importing torch")
     gc.disable()
     try:
         with contextlib.suppress(OSError):  # changing the priority is not permitted
@@ -111,9 +116,12 @@ def initialize(parent: int, niceness: int, folder: str, memory_limit: float) -> 
         os.setpgid(0, 0)  # with its compilers
         os.umask(0o077)  # files in caches are for this user alone
         # A worker that outlives its parent and holds its stdout would keep `python train.py | tee log` from ending.
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for standard in range(3):
-            os.dup2(nowhere, standard)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        path = log_path(folder, log_dir, os.getpid())
+        for standard in (1, 2):
+            os.dup2(_opened(path), standard)
+        place.enter(_note, folder, path)
+        _note("importing torch")
         threading.Thread(target=_end_with, args=(parent,), name="frame-swap-watch", daemon=True).start()
         if memory_limit < math.inf:
             watch = threading.Thread(
@@ -133,6 +141,14 @@ def initialize(parent: int, niceness: int, folder: str, memory_limit: float) -> 
     except BaseException:
         _leave("traceback", traceback.format_exc())
         os._exit(1)
+
+
+def _opened(path: str) -> int:
+    """A descriptor that appends to the log, or to nothing where that cannot be written."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    return os.open(os.devnull, os.O_WRONLY)
 
 
 def _import_torch() -> None:
@@ -167,6 +183,7 @@ _traceback_file: Any = None
 def _note(stage: str) -> None:
     """Note what the worker does now, in words that fit behind "while"."""
     _leave("stage", stage)
+    place.log(stage)
 
 
 def _leave(name: str, text: str) -> None:
