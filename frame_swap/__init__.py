@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .backend import frame_swap_backend
     from .control import report, swap, wait
     from .decorator import opt_in
+    from .enabling import enable
     from .errors import FrameSwapWarning
     from .region import Compile, Region, Report, State
     from .settings import configure
@@ -29,6 +30,7 @@ __all__ = [
     "Report",
     "State",
     "configure",
+    "enable",
     "frame_swap_backend",
     "opt_in",
     "report",
@@ -43,6 +45,7 @@ _HOME = {
     "Report": "region",
     "State": "region",
     "configure": "settings",
+    "enable": "enabling",
     "frame_swap_backend": "backend",
     "opt_in": "decorator",
     "report": "control",

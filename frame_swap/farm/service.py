@@ -195,6 +195,7 @@ class Service:
                 job._future = start()
             else:
                 job._future = self._flight.begin(Wanted(place, parcel.loading, start, lambda: job.wanted, patience))
+            _stop_at_exit()
             if deliver is not None:
                 self._prepare_loading()
         except Exception as error:
@@ -274,8 +275,8 @@ class Service:
             if self._stopped:
                 return
             if self._loader is None:
-                self._loader = ThreadPoolExecutor(1, thread_name_prefix="frame-swap-loader")
                 _stop_at_exit()
+                self._loader = ThreadPoolExecutor(1, thread_name_prefix="frame-swap-loader")
             loader = self._loader
         with contextlib.suppress(RuntimeError):  # shut down meanwhile
             loader.submit(machine.run_courteously, call).add_done_callback(_log_failure)

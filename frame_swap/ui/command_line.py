@@ -1,8 +1,8 @@
 """The commands of `python -m frame_swap`.
 
-`demo` shows the swap as it happens; `repro` repeats a difference that `verify` found; `cache` shows, prunes,
-exports and imports the store. PyTorch is imported after the arguments are parsed, so that the help and errors in
-arguments appear at once.
+`run` runs a program with frame-swap enabled; `demo` shows the swap as it happens; `repro` repeats a difference that
+`verify` found; `cache` shows, prunes, exports and imports the store. PyTorch is imported after the arguments are
+parsed, so that the help and errors in arguments appear at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.command is None:
         parser.print_help()
         return
+    if chosen.command == "run":
+        from .run import run as run_program
+
+        run_program(chosen.program, chosen.arguments, is_module=chosen.module, timeline=chosen.timeline)
+        return
     print("importing PyTorch ...", flush=True)
     if chosen.command == "repro":
         _repeat(Path(chosen.folder))
@@ -39,6 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m frame_swap", description="torch.compile without the wait.")
     commands = parser.add_subparsers(dest="command")
+    program = commands.add_parser(
+        "run",
+        help="run a program whose torch.compile means frame-swap, without a change to it",
+        description="Runs a program as Python does. torch.compile with its default backend means frame-swap in it, "
+        "whoever calls it. A worker starts before the program's own imports, and the report comes at its end, on "
+        "stderr. With torchrun: torchrun ... -m frame_swap run train.py",
+        usage="python -m frame_swap run [--timeline FILE] (SCRIPT | -m MODULE) [ARGUMENT ...]",
+    )
+    program.add_argument("--timeline", type=Path, metavar="FILE", help="write the timeline at the end")
+    program.add_argument("-m", dest="module", action="store_true", help="run a module, as python -m does")
+    program.add_argument("program", metavar="SCRIPT", help="or MODULE")
+    program.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT")
     demo = commands.add_parser(
         "demo",
         help="train a small character transformer and watch which code serves its steps",

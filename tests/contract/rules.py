@@ -34,7 +34,7 @@ LAYERS = (
     ("__main__",),
     ("ui",),
     ("__init__",),
-    ("control", "decorator"),
+    ("control", "decorator", "enabling"),
     ("backend",),
     ("delivery",),
     ("serving",),
