@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import frame_swap_backend
-    from .control import report, swap, wait
+    from .control import report, swap
     from .decorator import opt_in
     from .enabling import enable
     from .errors import FrameSwapWarning
     from .region import Compile, Region, Report, State
     from .settings import configure
+    from .ui.explain import explain
+    from .ui.progress import wait, watch
 
 __all__ = [
     "Compile",
@@ -31,11 +33,13 @@ __all__ = [
     "State",
     "configure",
     "enable",
+    "explain",
     "frame_swap_backend",
     "opt_in",
     "report",
     "swap",
     "wait",
+    "watch",
 ]
 
 _HOME = {
@@ -46,11 +50,13 @@ _HOME = {
     "State": "region",
     "configure": "settings",
     "enable": "enabling",
+    "explain": "ui.explain",
     "frame_swap_backend": "backend",
     "opt_in": "decorator",
     "report": "control",
     "swap": "control",
-    "wait": "control",
+    "wait": "ui.progress",
+    "watch": "ui.progress",
 }
 
 

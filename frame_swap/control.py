@@ -22,9 +22,7 @@ def swap() -> Report:
 def wait(timeout: float | None = None) -> Report:
     """Block until no compile is pending, at most `timeout` seconds; then install, except for when="manual".
 
-    This includes captures in the background. What was captured there is installed by the next call of its frame.
-
-    Returns the report; rows that are still pending when the time is up say so.
+    `ui.progress.wait`, which programs call, shows how far that is.
     """
     with service.hurried():
         wait_for_compiles(timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ from .probe import names_looked_up
 with names_looked_up():
     import torch._dynamo
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
-    from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._C._dynamo.eval_frame import reset_code, set_code_exec_strategy
     from torch._dynamo.convert_frame import compile_lock, output_codes, register_bytecode_hook
     from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.types import FrameAction, FrameExecStrategy  # type: ignore[attr-defined]
     from torch._dynamo.utils import (
@@ -39,11 +41,13 @@ __all__ = [
     "compilation_time_metrics",
     "compile_lock",
     "counters",
+    "forget_entries",
     "mark_as_captured",
     "recompile_limit",
     "register_bytecode_hook",
     "renew_compile_lock",
     "skip_frames",
+    "traced_code",
     "tracer_class",
     "without_disable",
     "wraps_numpy",
@@ -73,6 +77,31 @@ def captured_frame() -> CapturedFrame | None:
         inlined = reversed(root.output.traced_code)
         code = next((c for c in inlined if not c.co_filename.endswith(_SHELLS)), code)
     return CapturedFrame(code, root.f_globals)
+
+
+def traced_code() -> CodeType | None:
+    """The code object whose cache will have what Dynamo is tracing on this thread; None outside of Dynamo."""
+    try:
+        root = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
+    return root.f_code if root is not None else None
+
+
+def forget_entries(code: CodeType, is_ours: Callable[[Any], bool]) -> None:
+    """Drop the cache entries of `code` whose backend is `ours`; others stay as they are.
+
+    One that cannot be dropped, since others are there, fits no call any more and comes after these.
+    """
+    entries = list(cache_entries(code))
+    ours = [entry for entry in entries if is_ours(entry.backend)]
+    if len(ours) == len(entries):
+        reset_code(code)
+        return
+    for entry in ours:
+        state = entry.guard_manager.extra_state
+        if state is not None:
+            state.invalidate(entry, DeletedGuardManagerWrapper("its backend is not used any more"))
 
 
 def began_to_trace() -> float | None:

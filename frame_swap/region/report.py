@@ -178,6 +178,11 @@ class Report:
 
         return text(self)
 
+    def _repr_html_(self) -> str:
+        from .table import in_html
+
+        return in_html(self)
+
     def __rich__(self) -> Group:
         from .table import rendered
 
