@@ -178,6 +178,8 @@ class Report:
 
         return text(self)
 
+    __repr__ = __str__  # what an interactive Python shows
+
     def _repr_html_(self) -> str:
         from .table import in_html
 
