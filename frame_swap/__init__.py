@@ -82,15 +82,21 @@ def _start_a_worker() -> None:
     workers.start()
 
 
-def _is_looked_up() -> bool:
-    """Whether torch looks up the backend: then `__getattr__` is next, which knows whether a worker is needed."""
+def _is_torchs_import() -> bool:
+    """Whether torch imports this package, and not the program.
+
+    It does so at the end of its own import, where nothing is to happen yet, and when it looks up the backend: then
+    `__getattr__` is next, which knows whether a worker is needed.
+    """
     frame = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] != "torch":
         frame = frame.f_back
     return frame is not None
 
 
+imported_by_torch = _is_torchs_import()
+
 # A worker imports this package before it has lowered its priority: that must cost nothing. And our command line,
 # `python -m frame_swap`, compiles nothing itself.
-if not os.environ.get("FRAME_SWAP_WORKER") and sys.argv[:1] != ["-m"] and not _is_looked_up():
+if not os.environ.get("FRAME_SWAP_WORKER") and sys.argv[:1] != ["-m"] and not imported_by_torch:
     _start_a_worker()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -59,6 +60,11 @@ def enable_where_asked_for() -> None:
     """
     if os.environ.get(VARIABLE) == "1" and not os.environ.get("FRAME_SWAP_WORKER"):
         _enable()
+        return
+    package = sys.modules[__package__]
+    if package.imported_by_torch:  # the program's own import is yet to come, and is to start a worker
+        for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
+            del sys.modules[name]
 
 
 def _enable() -> Enabled:

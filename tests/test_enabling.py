@@ -125,3 +125,15 @@ def test_the_variable_starts_no_worker_before_torch_compile() -> None:
     environment = os.environ | {"FRAME_SWAP": "1"}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert (run.stdout.strip(), run.stderr) == ("0", "")
+
+
+@pytest.mark.parametrize("first", ["torch, frame_swap", "frame_swap, torch"])
+def test_an_import_starts_a_worker_whichever_is_first(first: str) -> None:
+    program = f"""
+import {first}, sys
+print([name for name in ("rich", "matplotlib", "IPython") if name in sys.modules])
+from frame_swap.farm.workers import workers
+print(len(workers.pids()) if workers.pool is not None else "none was started")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.stdout.split("\n")[:2], run.stderr) == (["[]", "1"], "")

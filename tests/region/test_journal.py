@@ -1,4 +1,4 @@
-"""What each step of a compile tells: the log, stderr with `verbose`, torch's trace and profiles. Nothing after it."""
+"""What each step of a compile tells: log, stderr with `verbose`, torch's trace and profiles. No call tells it."""
 
 from __future__ import annotations
 
@@ -88,10 +88,8 @@ def test_workers_keep_their_logs_where_they_are_told_to(tmp_path: Path) -> None:
     assert [line.split()[1] for line in log.read_text().splitlines()][:2] == ["importing", "compiling"]
 
 
-@pytest.mark.parametrize(
-    "words", [{"FRAME_SWAP_VERBOSE": "1"}, {"TORCH_LOGS": "+frame_swap"}], ids=["verbose", "log"]
-)
-def test_each_step_is_a_line_on_stderr(words: dict[str, str], run_program: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("variable", "value"), [("FRAME_SWAP_VERBOSE", "1"), ("TORCH_LOGS", "+frame_swap")])
+def test_each_step_is_a_line_on_stderr(variable: str, value: str, run_program: Callable[..., Any]) -> None:
     program = """
     import torch, frame_swap
     torch.compile(lambda x: x.sin() + 1, backend="frame_swap")(torch.ones(3))
