@@ -62,6 +62,7 @@ __all__ = [
     "fits_an_entry",
     "has_names",
     "is_called_disabled",
+    "is_for",
     "kin",
     "plainly",
     "reason_for_the_call",
@@ -81,8 +82,8 @@ def plainly() -> ConvertFrameReturn:
     return ConvertFrameReturn(FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP), apply_to_code=False)
 
 
-def _is_for(callback: CatchErrorsWrapper, backend: Callable[..., Any]) -> bool:
-    """Whether `callback` captures for `backend`, in whatever `torch.compile` has wrapped that."""
+def is_for(callback: Any, backend: Callable[..., Any]) -> bool:
+    """Whether a callback, or what a cache entry has of one, captures for `backend`: in whatever that is wrapped."""
     inner: Any = dynamos_eval_frame.innermost_backend(callback)
     for _ in range(8):
         if inner is backend:
@@ -220,6 +221,6 @@ def replace_callback(ours: type[CatchErrorsWrapper], backend: Callable[..., Any]
     @functools.wraps(stock)
     def catch_errors_wrapper(callback: Any, hooks: Any) -> CatchErrorsWrapper:
         wrapper = ours(callback, hooks)
-        return wrapper if _is_for(wrapper, backend) else stock(callback, hooks)
+        return wrapper if is_for(wrapper, backend) else stock(callback, hooks)
 
     convert_frame.catch_errors_wrapper = catch_errors_wrapper

@@ -49,6 +49,7 @@ __all__ = [
     "skip_frames",
     "traced_code",
     "tracer_class",
+    "uncompiled",
     "without_disable",
     "wraps_numpy",
 ]
@@ -149,6 +150,11 @@ def adopt_code(old: CodeType, new: CodeType) -> None:
 def without_disable(function: Any) -> Any:
     """The function inside the wrapper of `torch._dynamo.disable`; `function` itself if it has no such wrapper."""
     return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+def uncompiled(model: Any) -> Any:
+    """The module or function that `torch.compile` was given, where `model` is what it has made; else `model`."""
+    return getattr(model, "_orig_mod", None) or without_disable(model)
 
 
 def captured_whole(gm: torch.fx.GraphModule) -> bool:

@@ -13,7 +13,7 @@ import torch
 from .. import guards, settings
 from ..errors import Unshippable, first_line
 from ..farm import reuse
-from ..internals import dynamo, eager, fake_tensors, inductor
+from ..internals import callback, dynamo, eager, fake_tensors, inductor
 from ..late_guards.condition import condition_of
 from ..region.table import short
 from ..region.under_way import name_of
@@ -94,7 +94,7 @@ def explain(
         A function of the arguments of `model`. It makes one call, on eager code, with all of the call's effects,
         and returns an `Explanation`. What is installed stays, and no entry of this call remains in Dynamo's caches.
     """
-    model = getattr(model, "_orig_mod", None) or dynamo.without_disable(model)
+    model = dynamo.uncompiled(model)
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         seen: list[_Seen] = []
@@ -110,17 +110,10 @@ def explain(
             torch.compile(model, backend=backend, **keywords)(*args, **kwargs)
         finally:
             for code in codes:
-                dynamo.forget_entries(code, lambda other: _innermost(other) is backend)
+                dynamo.forget_entries(code, lambda other: callback.is_for(other, backend))
         return Explanation(one.traced() for one in seen)
 
     return explained
-
-
-def _innermost(backend: Any) -> Any:
-    """The backend that was given to `torch.compile`, out of what that has wrapped around it."""
-    while inner := getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None):
-        backend = inner
-    return backend
 
 
 class _Seen(NamedTuple):
