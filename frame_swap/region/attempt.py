@@ -3,7 +3,7 @@
 Guarantees:
 - The state changes only by the table in states.py. `move` is atomic, and wakes those who wait for compiles.
 - A failure is warned of once. A filter that turns the warning into an error does not make a call raise.
-- What has happened is told before those who wait for it wake up.
+- What has happened is told, and warned of, before those who wait for it wake up.
 - When an attempt is abandoned, its job is cancelled, and nothing here keeps the job alive.
 """
 
@@ -103,8 +103,11 @@ class Attempt:
         with lock:
             return Compile(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Compile)})
 
-    def move(self, event: Event, reason: str = "") -> bool:
+    def move(self, event: Event, reason: str = "", warning: str = "") -> bool:
         """`event` has happened; False where it changes nothing.
+
+        Args:
+            warning: what the user is warned of, if anything.
 
         Raises:
             IllegalTransition: the table does not allow it, and FRAME_SWAP_STRICT is set.
@@ -122,6 +125,8 @@ class Attempt:
             self.state, self.reason = new, reason
         try:
             self._tell(event, reason)
+            if warning:
+                self._record.warn(warning)
         finally:
             with lock:
                 changed.notify_all()
@@ -139,10 +144,8 @@ class Attempt:
 
     def fail(self, event: Event, reason: str, *, warn: bool = True) -> None:
         """Its code will not come, or is not to be used (`event`: FAILED or REJECTED): one warning says why."""
-        if self.move(event, reason):
+        if self.move(event, reason, f"{_INSTEAD[self.purpose]}: {reason}" if warn else ""):
             self.cancel_job()
-            if warn:
-                self._record.warn(f"{_INSTEAD[self.purpose]}: {reason}")
 
     def began(self, cancel: Callable[[], None]) -> None:
         """A job was submitted, which `cancel` cancels."""
