@@ -49,6 +49,7 @@ class Attempt:
         begun_at: when a worker began with it, in seconds since the epoch; None before, and in a user's executor.
         phases: of the compile in the worker.
         journal: of what was done for it in this process.
+        untold: whether its state has changed, and a thread is about to say so.
     """
 
     def __init__(self, record: Record, purpose: Purpose = Purpose.FIRST) -> None:
@@ -71,6 +72,7 @@ class Attempt:
         self.begun_at: float | None = None
         self.phases: tuple[Phase, ...] = ()
         self.journal = Journal()
+        self.untold = False
         self._cancel: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
@@ -123,12 +125,14 @@ class Attempt:
             if new is self.state and event is not Event.INSTALLED:
                 return False
             self.state, self.reason = new, reason
+            self.untold = True
         try:
             self._tell(event, reason)
             if warning:
                 self._record.warn(warning)
         finally:
             with lock:
+                self.untold = False
                 changed.notify_all()
         return True
 
@@ -180,4 +184,5 @@ class Attempt:
     def forked(self) -> None:
         """This is a forked child: what was under way is the parent's."""
         self._cancel = None  # the job's locks may be held by threads that do not exist here
+        self.untold = False  # nor does the thread that was about to
         self.move(Event.FORKED, "the process was forked while this was compiling")

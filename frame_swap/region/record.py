@@ -79,8 +79,8 @@ class Record(Summary):
 
     @property
     def awaited(self) -> bool:
-        """Whether a compile is queued, under way or being loaded."""
-        return any(attempt.state is State.PENDING for attempt in self.attempts)
+        """Whether a compile is queued, under way or being loaded, or its end has yet to be told."""
+        return any(attempt.state is State.PENDING or attempt.untold for attempt in self.attempts)
 
     @property
     def server(self) -> Any | None:

@@ -34,7 +34,7 @@ _ADVICE = {
 
 def text(report: Report) -> str:
     """The report as plain text, `WIDTH` columns wide."""
-    console = Console(file=io.StringIO(), width=WIDTH, force_terminal=False)
+    console = Console(file=io.StringIO(), width=WIDTH, force_terminal=False, force_jupyter=False)
     console.print(rendered(report))
     printed: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in printed.splitlines()).strip("\n")
