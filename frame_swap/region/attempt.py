@@ -32,7 +32,7 @@ STRICT = "FRAME_SWAP_STRICT"
 
 
 _INSTEAD = {
-    Purpose.FIRST: "stays on its eager code",
+    Purpose.FIRST: "stays on its eager code, with the same results",
     Purpose.SIZES: "stays on its eager code for calls that its late guards turn away",
     Purpose.BETTER: "keeps the compiled code that it has",
 }

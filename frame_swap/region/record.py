@@ -122,7 +122,7 @@ class Record(Summary):
         for attempt in pending:
             attempt.cancel_job()
         if any(rejected):
-            self.warn(f"is back on its eager code: {reason}")
+            self.warn(f"is back on its eager code, with the same results: {reason}")
 
     def abandon(self, reason: str = "the frame left Dynamo's cache") -> None:
         """Nobody will call what is being compiled."""
