@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .settings import configure
     from .ui.explain import explain
     from .ui.progress import wait, watch
+    from .ui.timeline import timeline
 
 __all__ = [
     "Compile",
@@ -38,6 +39,7 @@ __all__ = [
     "opt_in",
     "report",
     "swap",
+    "timeline",
     "wait",
     "watch",
 ]
@@ -55,6 +57,7 @@ _HOME = {
     "opt_in": "decorator",
     "report": "control",
     "swap": "control",
+    "timeline": "ui.timeline",
     "wait": "ui.progress",
     "watch": "ui.progress",
 }

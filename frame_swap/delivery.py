@@ -231,7 +231,7 @@ class Delivery:
         self._at.store.remove(self._at.key)
         if self._at.store.has(self._at.key):  # it can only be read
             self._at = None
-        self._attempt.begin_again()
+        self._attempt.begin_again(first_line(error))
         waits = frame_open and self._order.settings.when == "wait"
         job = self.request(deliver=not waits)
         if waits:

@@ -176,8 +176,9 @@ class Attempt:
         self.compile_span, self.worker_pid, self.phases = (started, finished), pid or None, phases
         self._cancel = None  # nothing is left to cancel, and the job holds the artifact
 
-    def begin_again(self) -> None:
-        """Forget an outcome that cannot be used: a new compile begins."""
+    def begin_again(self, reason: str) -> None:
+        """Forget an outcome that cannot be used, for this reason: a new compile begins."""
+        self.journal.note("compiled again", reason)
         self.queue_s = self.compile_s = self.artifact_bytes = self.compile_span = self.begun_at = None
         self.store = ""
 

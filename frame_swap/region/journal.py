@@ -55,9 +55,14 @@ class Moment(NamedTuple):
 
 
 class Journal:
-    """The spans and moments of one region, or of one compile, in the order in which they ended."""
+    """The spans and moments of one region, or of one compile, in the order in which they ended.
+
+    Attributes:
+        began: when this was made, in seconds since the epoch.
+    """
 
     def __init__(self) -> None:
+        self.began = time.time()
         self.spans: list[Span] = []
         self.moments: list[Moment] = []
 

@@ -1,8 +1,6 @@
-"""The commands of `python -m frame_swap`.
+"""The commands of `python -m frame_swap`; `_parser` lists them.
 
-`run` runs a program with frame-swap enabled; `demo` shows the swap as it happens; `repro` repeats a difference that
-`verify` found; `cache` shows, prunes, exports and imports the store. PyTorch is imported after the arguments are
-parsed, so that the help and errors in arguments appear at once.
+PyTorch is imported after the arguments are parsed, so that the help and errors in arguments appear at once.
 """
 
 from __future__ import annotations
@@ -27,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from .run import run as run_program
 
         run_program(chosen.program, chosen.arguments, is_module=chosen.module, timeline=chosen.timeline)
+        return
+    if chosen.command == "timeline":
+        from .timeline_picture import show
+
+        show(chosen.trace, chosen.png)
         return
     print("importing PyTorch ...", flush=True)
     if chosen.command == "repro":
@@ -70,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
         help="end after so many seconds, swap or no swap (default: %(default)s)",
     )
     demo.add_argument("--device", help="where to train, such as cpu or cuda (default: cuda if there is one)")
+    timeline = commands.add_parser(
+        "timeline",
+        help="say what a timeline says, or draw it",
+        description="Reads TRACE, which frame_swap.timeline(...) has written. Prints a row for each graph, or "
+        "draws a picture. https://ui.perfetto.dev shows such a file, too.",
+    )
+    timeline.add_argument("trace", type=Path, metavar="TRACE")
+    timeline.add_argument("--png", type=Path, metavar="FILE", help="draw it into FILE (needs matplotlib)")
     repro = commands.add_parser(
         "repro",
         help="repeat a difference that verify=n has found",
