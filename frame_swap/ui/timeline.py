@@ -24,6 +24,9 @@ Event = dict[str, Any]
 NO_PROCESS = 2**22 + 1
 """A process id that no process has (Linux has none above 2**22): for what no process does."""
 
+INSIDE = 1e-6
+"""Seconds from an arrow's end to the border of its slice."""
+
 
 def timeline(path: str | os.PathLike[str]) -> None:
     """Write what has happened so far to `path`, for https://ui.perfetto.dev or `python -m frame_swap timeline`.
@@ -151,7 +154,7 @@ class _Trace:
 
     def _phases(self, track: tuple[int, int], attempt: Attempt, began: float, ended: float) -> None:
         """torch's own phases. They nest, but for the rounding of clocks."""
-        around = [(began, ended)]
+        around = [(began + 2 * INSIDE, ended - 2 * INSIDE)]  # arrows are the compile's
         for name, start, end in sorted(attempt.phases, key=lambda phase: (phase[1], -phase[2])):
             while len(around) > 1 and start >= around[-1][1]:
                 around.pop()
@@ -180,8 +183,8 @@ class _Trace:
         """Arrows from each step's end to the next one's begin, drawn a little inside of both."""
         for (here, began, ended), (there, begins, ends) in itertools.pairwise(steps):
             self._flows += 1
-            self._arrow("s", here, ended - min(1e-6, (ended - began) / 2))
-            self._arrow("f", there, begins + min(1e-6, (ends - begins) / 2))
+            self._arrow("s", here, ended - min(INSIDE, (ended - began) / 2))
+            self._arrow("f", there, begins + min(INSIDE, (ends - begins) / 2))
 
     def _arrow(self, kind: str, track: tuple[int, int], at: float) -> None:
         pid, tid = track

@@ -32,6 +32,9 @@ def f(x: torch.Tensor) -> torch.Tensor:
     return (x.sin() @ x).relu()
 
 
+STEPS = ("queue", "compile", "load", "install")
+
+
 def slices(trace: Trace) -> Trace:
     return [event for event in trace if event["ph"] == "X"]
 
@@ -55,7 +58,7 @@ def overlaps(trace: Trace) -> Trace:
 
 
 def loose_arrows(trace: Trace) -> list[int]:
-    """Ids of arrows that are not two events in time's order, each within a slice of its track."""
+    """Ids of arrows that are not two events in time's order, each in a step: Perfetto takes the innermost slice."""
     arrows: dict[int, Trace] = defaultdict(list)
     for event in trace:
         if event["ph"] in ("s", "f"):
@@ -63,7 +66,8 @@ def loose_arrows(trace: Trace) -> list[int]:
 
     def is_held(event: dict[str, Any]) -> bool:
         own = [s for s in slices(trace) if (s["pid"], s["tid"]) == (event["pid"], event["tid"])]
-        return any(s["ts"] <= event["ts"] <= s["ts"] + s["dur"] for s in own)
+        around = [s for s in own if s["ts"] <= event["ts"] <= s["ts"] + s["dur"]]
+        return min(around, key=lambda s: s["dur"], default={"cat": ""})["cat"] in STEPS
 
     def is_right(ends: Trace) -> bool:
         return [e["ph"] for e in sorted(ends, key=lambda e: e["ts"])] == ["s", "f"] and all(map(is_held, ends))
