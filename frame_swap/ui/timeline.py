@@ -25,7 +25,8 @@ NO_PROCESS = 2**22 + 1
 """A process id that no process has (Linux has none above 2**22): for what no process does."""
 
 INSIDE = 1e-6
-"""Seconds from an arrow's end to the border of its slice."""
+"""Seconds from the begin of a slice to its arrows. Perfetto gives an arrow to the slice that was begun last, over or
+not, and draws it from the end of the first slice to the begin of the second."""
 
 
 def timeline(path: str | os.PathLike[str]) -> None:
@@ -154,7 +155,7 @@ class _Trace:
 
     def _phases(self, track: tuple[int, int], attempt: Attempt, began: float, ended: float) -> None:
         """torch's own phases. They nest, but for the rounding of clocks."""
-        around = [(began + 2 * INSIDE, ended - 2 * INSIDE)]  # arrows are the compile's
+        around = [(began + 2 * INSIDE, ended)]  # arrows are the compile's
         for name, start, end in sorted(attempt.phases, key=lambda phase: (phase[1], -phase[2])):
             while len(around) > 1 and start >= around[-1][1]:
                 around.pop()
@@ -180,10 +181,10 @@ class _Trace:
         )
 
     def _arrows(self, steps: Sequence[tuple[tuple[int, int], float, float]]) -> None:
-        """Arrows from each step's end to the next one's begin, drawn a little inside of both."""
+        """Arrows from each step to the next."""
         for (here, began, ended), (there, begins, ends) in itertools.pairwise(steps):
             self._flows += 1
-            self._arrow("s", here, ended - min(INSIDE, (ended - began) / 2))
+            self._arrow("s", here, began + min(INSIDE, (ended - began) / 2))
             self._arrow("f", there, begins + min(INSIDE, (ends - begins) / 2))
 
     def _arrow(self, kind: str, track: tuple[int, int], at: float) -> None:

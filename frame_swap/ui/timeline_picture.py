@@ -98,7 +98,7 @@ def draw(events: Sequence[Event], slices: Sequence[Event], png: Path) -> None:
             axes.text(
                 began + took / 2, lanes[track] + 0.18, one["name"], ha="center", va="center", fontsize=8, zorder=4
             )
-    _draw_arrows(axes, events, lanes, start)
+    _draw_arrows(axes, events, slices, lanes, start)
     axes.set_yticks([*lanes.values()], [_title(events, track) for track in lanes])
     axes.invert_yaxis()
     axes.set_xlim(-0.01 * whole, 1.01 * whole)
@@ -130,12 +130,20 @@ def _title(events: Sequence[Event], track: Track) -> str:
     return thread if process in ("program", "queue") else process
 
 
-def _draw_arrows(axes: Any, events: Sequence[Event], lanes: dict[Track, int], start: float) -> None:
+def _draw_arrows(
+    axes: Any, events: Sequence[Event], slices: Sequence[Event], lanes: dict[Track, int], start: float
+) -> None:
+    """From the end of one step to the begin of the next, as Perfetto draws them."""
     looks = {"arrowstyle": "->", "color": "#333333", "lw": 0.8, "alpha": 0.6}
+    steps = [one for one in slices if one["cat"] in STEPS]
     points: dict[int, dict[str, tuple[float, int]]] = {}
     for event in events:
-        if event["ph"] in ("s", "f"):
-            place = (event["ts"] - start) / 1e6, lanes[event["pid"], event["tid"]]
-            points.setdefault(event["id"], {})[event["ph"]] = place
+        if event["ph"] not in ("s", "f"):
+            continue
+        track, at = (event["pid"], event["tid"]), event["ts"]
+        around = (one for one in steps if (one["pid"], one["tid"]) == track and 0 <= at - one["ts"] <= one["dur"])
+        if event["ph"] == "s" and (step := next(around, None)) is not None:
+            at = step["ts"] + step["dur"]
+        points.setdefault(event["id"], {})[event["ph"]] = (at - start) / 1e6, lanes[track]
     for flow in points.values():
         axes.annotate("", flow["f"], flow["s"], arrowprops=looks, zorder=5)
