@@ -25,8 +25,8 @@ NO_PROCESS = 2**22 + 1
 """A process id that no process has (Linux has none above 2**22): for what no process does."""
 
 INSIDE = 1e-6
-"""Seconds from the begin of a slice to its arrows. Perfetto gives an arrow to the slice that was begun last, over or
-not, and draws it from the end of the first slice to the begin of the second."""
+"""Seconds from the begin of a slice to its arrows. Perfetto gives an arrow to the slice that was begun last, be it
+over or not, and draws it from the end of the first slice to the begin of the second."""
 
 
 def timeline(path: str | os.PathLike[str]) -> None:
