@@ -1,0 +1,91 @@
+"""Every code block of the documents is run: a page's Python as one program, its files by its commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .blocks import ROOT, Block, blocks, commands, files, pages, program
+
+pytestmark = pytest.mark.fast
+
+LONG = ("recipes/ddp.md", "recipes/lightning.md")
+"""Pages that take longer than the others; run with --long."""
+
+NEEDS = {
+    "recipes/trainer.md": ("transformers", "accelerate"),
+    "recipes/accelerate.md": ("accelerate",),
+    "recipes/lightning.md": ("lightning",),
+    "recipes/notebooks.md": ("nbclient", "ipykernel"),
+    "timeline.md": ("matplotlib",),
+}
+"""What a page needs that frame-swap does not bring along."""
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT)).removeprefix("docs/")
+
+
+def marked(page: Path) -> object:
+    marks = [pytest.mark.long] if name_of(page) in LONG else []
+    return pytest.param(page, id=name_of(page), marks=marks)
+
+
+def check(words: list[str], folder: Path) -> str:
+    """Run a program in `folder`; returns what it prints."""
+    environment = os.environ | {"FRAME_SWAP_STORE": str(folder / "store")}
+    search = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, search))
+    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environment["PATH"]])
+    ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    printed = ended.stdout + ended.stderr
+    assert ended.returncode == 0, printed
+    return printed
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in pages() if program(page) or commands(page)])
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    for package in NEEDS.get(name_of(page), ()):
+        pytest.importorskip(package, reason=f"the page shows {package}")
+    for name, text in files(page).items():
+        (tmp_path / name).write_text(text)
+    if text := program(page):
+        (tmp_path / "page.py").write_text(text)
+        check([sys.executable, "page.py"], tmp_path)
+    for block in commands(page):
+        printed = check(["bash", "-euc", block.text], tmp_path)
+        assert block.prints in printed
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in pages()])
+def test_no_block_is_left_out_unsaid(page: Path) -> None:
+    for block in blocks(page):
+        if block.comment.startswith("run: no"):
+            assert block.comment.partition(",")[2].strip(), "say why it is not run"
+        if block.language == "python" and block.file:
+            assert any(block.file in other.text for other in commands(page)), f"nothing runs {block.file}"
+
+
+def test_a_page_that_does_not_work_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nx = 1\n```\n\n<!-- run: no, for the test -->\n```python\n1 / 0\n```\n```python\nx / 0\n```\n"
+    )
+    assert program(page) == "x = 1\n\nx / 0\n"
+    (tmp_path / "page.py").write_text(program(page))
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        check([sys.executable, "page.py"], tmp_path)
+
+
+def test_files_and_commands_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- file: a.py -->\n```python\n1\n```\n\n<!-- run; prints: yes, -->\n```sh\necho yes, sir\n```\n"
+    )
+    assert files(page) == {"a.py": "1\n"}
+    assert commands(page) == [Block("sh", "echo yes, sir\n", "run; prints: yes,")]
+    assert program(page) == ""
