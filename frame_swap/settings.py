@@ -307,6 +307,11 @@ def _variable(name: str) -> str:
     return f"FRAME_SWAP_{name.upper()}"
 
 
+def variables() -> dict[str, str]:
+    """The variables that settings are read from, each with the name of its setting."""
+    return {_variable(name): name for name, about in _SETTINGS.items() if about.parse is not None}
+
+
 def disabled() -> bool:
     """Whether the variable `FRAME_SWAP_DISABLE` asks for stock Inductor."""
     return os.environ.get("FRAME_SWAP_DISABLE", "0") not in ("", "0")

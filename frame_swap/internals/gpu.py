@@ -34,3 +34,10 @@ def driver() -> str:
         return "none"
     ask: Any = getattr(torch._C, "_cuda_getDriverVersion", None)  # a build for ROCm has none
     return str(ask() if ask is not None else torch.version.hip)
+
+
+def triton_works() -> bool:
+    """Whether Triton is installed and knows a device of this machine."""
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())

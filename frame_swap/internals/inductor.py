@@ -32,8 +32,10 @@ __all__ = [
     "asks_for_cudagraphs",
     "autotunes",
     "backward_before_forward",
+    "build_cpp",
     "caches_are_off",
     "changed_configs",
+    "cpp_compiler",
     "cpp_compilers",
     "default_cache_name",
     "find_vector_instructions",
@@ -100,6 +102,31 @@ def cpp_compilers() -> list[str]:
     """The C++ compilers that Inductor tries, by name; the first that works is used."""
     named = inductor_config.cpp.cxx
     return [name for name in (named if isinstance(named, (list, tuple)) else [named]) if name]
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that Inductor uses: the first of `cpp_compilers` that works.
+
+    Raises:
+        RuntimeError: none works.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return get_cpp_compiler()
+
+
+def build_cpp(source: str, folder: str) -> None:
+    """Build a library from C++ in `folder`, with the compiler, headers and libraries that Inductor's kernels take.
+
+    Raises:
+        RuntimeError: it does not build; the message has the compiler's output.
+    """
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+    path = os.path.join(folder, "source.cpp")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(source)
+    CppBuilder("built", [path], CppTorchOptions(warning_all=False), folder).build()
 
 
 def asks_for_cudagraphs(options: dict[str, Any]) -> bool:

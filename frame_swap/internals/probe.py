@@ -25,6 +25,8 @@ __all__ = [
     "missing_anywhere",
     "missing_from",
     "names_looked_up",
+    "private_names",
+    "private_names_of",
     "version_checked",
 ]
 
@@ -78,10 +80,31 @@ def missing_from(source: Path) -> list[str]:
     that catches `ImportError` or `AttributeError` is left out, and so are attributes that are looked up with
     `hasattr`, or with `getattr` and a default: some versions of torch lack these.
     """
+    return list(dict.fromkeys(_names(source).missing))
+
+
+def private_names() -> list[str]:
+    """All private names of torch that this package uses, each with its module, whether this torch has them or not.
+
+    Names that are looked up as `missing_from` says are among them, the others are not. Imports Inductor.
+    """
+    return sorted({name for path in _PACKAGE.glob("*.py") for name in private_names_of(path)})
+
+
+def private_names_of(source: Path) -> list[str]:
+    """All private names of torch that a Python file uses, each with its module."""
+    return sorted({name for name in _names(source).tried if any(map(_is_private, name.split(".")))})
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def _names(source: Path) -> _Names:
     tree = ast.parse(source.read_text(encoding="utf-8"))
     names = _Names(tree)
     names.visit(tree)
-    return list(dict.fromkeys(names.missing))
+    return names
 
 
 class _Names(ast.NodeVisitor):
@@ -89,6 +112,7 @@ class _Names(ast.NodeVisitor):
 
     def __init__(self, tree: ast.Module) -> None:
         self.missing: list[str] = []
+        self.tried: list[str] = []
         self._bound: dict[str, Any] = {}
         self._optional = {
             node.args[1].value
@@ -149,6 +173,7 @@ class _Names(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _module(self, name: str) -> ModuleType | None:
+        self.tried.append(name)
         try:
             return importlib.import_module(name)
         except ImportError as error:
@@ -156,6 +181,7 @@ class _Names(ast.NodeVisitor):
             return None
 
     def _bind(self, name: str, module: Any, attribute: str) -> None:
+        self.tried.append(f"{module.__name__}.{attribute}")
         if hasattr(module, attribute):
             self._bound[name] = getattr(module, attribute)
         else:
@@ -171,6 +197,7 @@ class _Names(ast.NodeVisitor):
         owner = self._resolve(node.value)
         if not isinstance(owner, ModuleType) or node.attr in self._optional:
             return None
+        self.tried.append(f"{owner.__name__}.{node.attr}")
         if not hasattr(owner, node.attr):
             self.missing.append(f"module {owner.__name__!r} has no attribute {node.attr!r}")
         return getattr(owner, node.attr, None)

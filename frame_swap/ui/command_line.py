@@ -38,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from . import cache
 
         cache.run(chosen.what or "show", getattr(chosen, "file", None), getattr(chosen, "limit", 0.0))
+    elif chosen.command == "doctor":
+        from . import doctor
+
+        doctor.run(chosen.device, names=chosen.names)
     else:
         from .demo import run
 
@@ -81,6 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     timeline.add_argument("trace", type=Path, metavar="TRACE")
     timeline.add_argument("--png", type=Path, metavar="FILE", help="draw it into FILE (needs matplotlib)")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine: torch, compilers, folders, cores, memory, and a real swap",
+        description="Looks at what a swap needs, compiles a small training step for real, and says what is wrong "
+        "and what to do. Takes up to a minute on two CPU cores. Ends with status 0 if the swap worked, otherwise "
+        "with 1.",
+    )
+    doctor.add_argument(
+        "--device", help="where to try the swap, such as cpu or cuda (default: cuda if there is one)"
+    )
+    doctor.add_argument("--names", action="store_true", help="list each private name of torch that is looked up")
     repro = commands.add_parser(
         "repro",
         help="repeat a difference that verify=n has found",

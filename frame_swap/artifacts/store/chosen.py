@@ -22,13 +22,17 @@ def store(wished: settings.Settings) -> Store | None:
 
 def disk(wished: settings.Settings) -> Disk | None:
     """The store on disk that these settings name: below Inductor's cache folder, unless they name a folder."""
+    folder = folder_of(wished)
+    return None if folder is None else in_folder(folder, wished.store_limit * 1e9)
+
+
+def folder_of(wished: settings.Settings) -> str | None:
+    """The folder that these settings name for the store, whether it can be used or not."""
     if wished.store == "off":
         return None
     if wished.store != "on":
-        folder = os.path.abspath(os.path.expanduser(wished.store))
-    else:
-        folder = os.path.join(os.environ.get(folders.INDUCTOR) or folders.default_cache(), "frame_swap")
-    return in_folder(folder, wished.store_limit * 1e9)
+        return os.path.abspath(os.path.expanduser(wished.store))
+    return os.path.join(os.environ.get(folders.INDUCTOR) or folders.default_cache(), "frame_swap")
 
 
 @functools.lru_cache(maxsize=8)
