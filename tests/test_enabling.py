@@ -15,8 +15,6 @@ from helpers import live
 import frame_swap
 from frame_swap import State
 
-pytestmark = pytest.mark.fast
-
 
 def f(x: torch.Tensor) -> torch.Tensor:
     return (x.sin() @ x).relu()
@@ -56,6 +54,7 @@ def test_dynamic_and_fullgraph_mean_the_same() -> None:
     assert len(regions()) == 1
 
 
+@pytest.mark.fast
 def test_other_backends_stay() -> None:
     seen: list[torch.fx.GraphModule] = []
 
@@ -84,6 +83,7 @@ def test_what_inductor_refuses_is_refused_as_by_it(keywords: dict[str, Any]) -> 
         assert message() == stock
 
 
+@pytest.mark.fast
 def test_the_end_of_the_last_block_brings_inductor_back() -> None:
     inductor = torch._TorchCompileInductorWrapper
     before = inductor("default", None, None)
@@ -95,6 +95,7 @@ def test_the_end_of_the_last_block_brings_inductor_back() -> None:
     assert torch._TorchCompileInductorWrapper is inductor
 
 
+@pytest.mark.fast
 def test_what_a_block_has_made_stays() -> None:
     with frame_swap.enable():
         compiled = torch.compile(f)

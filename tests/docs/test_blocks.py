@@ -11,8 +11,6 @@ import pytest
 
 from .blocks import ROOT, Block, blocks, commands, files, pages, program
 
-pytestmark = pytest.mark.fast
-
 LONG = ("recipes/ddp.md", "recipes/lightning.md")
 """Pages that take longer than the others; run with --long."""
 
@@ -61,6 +59,7 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
         assert block.prints in printed
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in pages()])
 def test_no_block_is_left_out_unsaid(page: Path) -> None:
     for block in blocks(page):
@@ -70,6 +69,7 @@ def test_no_block_is_left_out_unsaid(page: Path) -> None:
             assert any(block.file in other.text for other in commands(page)), f"nothing runs {block.file}"
 
 
+@pytest.mark.fast
 def test_a_page_that_does_not_work_is_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(

@@ -10,8 +10,6 @@ import pytest
 
 from .blocks import ROOT, pages
 
-pytestmark = pytest.mark.fast
-
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for package in ("sphinx", "myst_parser", "furo"):

@@ -22,8 +22,6 @@ from frame_swap import FrameSwapWarning, State
 from frame_swap.farm.workers import workers
 from frame_swap.region import records
 
-pytestmark = pytest.mark.fast
-
 ROOT = os.path.dirname(frame_swap.__file__)
 
 
@@ -35,6 +33,7 @@ def messages(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> lis
     return [r.getMessage() for r in caplog.records if r.name.startswith("frame_swap") and r.levelno >= level]
 
 
+@pytest.mark.fast
 def test_the_log_has_one_line_at_ship_and_one_at_the_swap(caplog: pytest.LogCaptureFixture) -> None:
     compiled, x = torch.compile(f, backend="frame_swap"), torch.randn(4, 4)
     compiled(x)
@@ -59,6 +58,7 @@ def test_a_failure_names_the_workers_log_and_quotes_it(caplog: pytest.LogCapture
     assert "InvalidCxxCompiler" in Path(path).read_text()
 
 
+@pytest.mark.fast
 def test_a_lost_worker_is_quoted(caplog: pytest.LogCaptureFixture) -> None:
     dies = torch._inductor.config.patch(post_grad_custom_post_pass=PrintsAndDies())
     with dies, pytest.warns(FrameSwapWarning, match="the worker was lost"):
@@ -131,6 +131,7 @@ def test_a_handler_that_raises_changes_nothing(no_warnings: None) -> None:
     torch.testing.assert_close(compiled(x), f(x))
 
 
+@pytest.mark.fast
 def test_no_code_of_ours_runs_in_a_call_after_the_swap(tmp_path: Path) -> None:
     """Whoever listens: a call of installed code tells nothing."""
     frame_swap.configure(verbose=1, log_dir=str(tmp_path))

@@ -19,8 +19,6 @@ from torch import nn
 import frame_swap
 from frame_swap.internals.dynamo import cache_entries
 
-pytestmark = pytest.mark.fast
-
 
 def f(x: torch.Tensor) -> torch.Tensor:
     return (x.sin() @ x).relu()
@@ -36,6 +34,7 @@ def chunks(x: torch.Tensor) -> torch.Tensor:
     return torch.chunk(x, 3)[0] + 1
 
 
+@pytest.mark.fast
 def test_each_graph_is_explained_in_order() -> None:
     first, second = explained = frame_swap.explain(broken)(torch.randn(4, 4))
     assert "broken" in first.frame
@@ -46,6 +45,7 @@ def test_each_graph_is_explained_in_order() -> None:
     assert live(frame_swap.report()) == []
 
 
+@pytest.mark.fast
 def test_late_guards_are_those_of_the_compile() -> None:
     (ahead,) = frame_swap.explain(chunks, dynamic=True)(torch.randn(7, 4))
     torch.compile(chunks, backend="frame_swap", dynamic=True)(torch.randn(7, 4))
@@ -104,6 +104,7 @@ print(before.store, after.store, sep="; ")
     assert ended.stdout.strip() == "to be kept for the next run; found"
 
 
+@pytest.mark.fast
 def test_no_entry_stays_and_installed_code_does() -> None:
     compiled, x = torch.compile(f, backend="frame_swap"), torch.randn(4, 4)
     frame_swap.explain(f)(x)

@@ -23,8 +23,6 @@ from frame_swap.region import Attempt, Event, Purpose, Record
 from frame_swap.region import record as region_record
 from frame_swap.ui.progress import display, state
 
-pytestmark = pytest.mark.fast
-
 COMPILES = """
 import torch, frame_swap
 frame_swap.configure(delay=2.5)
@@ -60,6 +58,7 @@ def without_escapes(printed: str) -> list[str]:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed).replace("\r", "\n").splitlines()
 
 
+@pytest.mark.fast
 def test_a_pipe_gets_lines(run_program: Callable[..., Any]) -> None:
     lines = run_program(WAITS).stderr.splitlines()
     assert all(line.startswith("frame-swap: ") for line in lines)
@@ -78,6 +77,7 @@ def test_a_short_wait_shows_nothing(run_program: Callable[..., Any]) -> None:
     assert run_program("import frame_swap; frame_swap.wait()").stderr == ""
 
 
+@pytest.mark.fast
 def test_a_terminal_gets_a_bar_that_fits_and_leaves_one_line() -> None:
     printed = on_terminal(WAITS + "print('after')")
     lines = [line.rstrip() for line in without_escapes(printed) if line.strip()]
@@ -135,6 +135,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, *ended: tuple[int, float]) -> list[
     return records
 
 
+@pytest.mark.fast
 def test_what_is_left_is_estimated_from_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     frame_swap.configure(workers=1)
     records = planted(monkeypatch, (10, 20.0), (20, 40.0))

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.fast
-
 SEEN = """
 import pickle, sys
 class Here: pass
@@ -32,6 +30,7 @@ def run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.fast
 def test_a_script_sees_what_it_sees_without(tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("")
     (tmp_path / "program.py").write_text(SEEN + "import neighbour\n")
@@ -56,6 +55,7 @@ def test_a_module_sees_what_it_sees_without(tmp_path: Path) -> None:
     assert ours.stdout == plain.stdout != ""
 
 
+@pytest.mark.fast
 def test_the_report_comes_last_and_the_status_is_the_programs(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(
         WAITS + "    import atexit; atexit.register(print, 'bye', flush=True)\n    exit(7)\n"

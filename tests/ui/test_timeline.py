@@ -23,8 +23,6 @@ from frame_swap.region import Event, records
 from frame_swap.ui import timeline_picture
 from frame_swap.ui.timeline import events
 
-pytestmark = pytest.mark.fast
-
 Trace = list[dict[str, Any]]
 
 
@@ -105,6 +103,7 @@ frame_swap.timeline(sys.argv[1])
     return trace
 
 
+@pytest.mark.fast
 def test_each_step_of_each_graph_is_there(swapped: Trace) -> None:
     steps = ["capture", "ship", "prepare eager code", "queue", "compile", "load", "install", "first compiled call"]
     for region in range(3):
@@ -125,6 +124,7 @@ def test_tracks_are_named(swapped: Trace) -> None:
     assert {names[pid, 0, "process_name"] for pid in workers} == {f"worker {pid}" for pid in workers}
 
 
+@pytest.mark.fast
 def test_slices_nest(swapped: Trace) -> None:
     assert overlaps(swapped) == []
     broken = copy.deepcopy(swapped)
@@ -133,6 +133,7 @@ def test_slices_nest(swapped: Trace) -> None:
     assert overlaps(broken) != []
 
 
+@pytest.mark.fast
 def test_arrows_lead_from_the_queue_to_the_install(swapped: Trace) -> None:
     assert loose_arrows(swapped) == []
     assert sum(e["ph"] == "s" for e in swapped) == 9  # to the worker, to the loader, to the call; of three graphs
