@@ -2,7 +2,7 @@
 
 A setting is one field of `Settings`: its type, default, description, check and parser. The signature of
 `configure`, the environment variables, the checks and the documentation are derived from the fields. To add a
-setting, add a field, and put what `reference()` returns into docs/settings.md.
+setting, add a field, and its page to docs/settings/.
 """
 # ruff: noqa: RUF009  `_setting` returns a dataclasses.field
 
@@ -374,18 +374,3 @@ def configure(**changes: Any) -> None:
         if name not in _SETTINGS:
             raise TypeError(f"{name!r} is no setting of frame-swap{nearest(name, _SETTINGS)}")
     _current = dataclasses.replace(current(), **changes)
-
-
-def reference() -> str:
-    """The settings as Markdown, for docs/settings.md: a table, then a paragraph for each."""
-    rows = ["| setting | type | default | variable |", "|---|---|---|---|"]
-    paragraphs = []
-    for field in dataclasses.fields(Settings):
-        about = _SETTINGS[field.name]
-        variable = f"`{_variable(field.name)}`" if about.parse is not None else ""
-        kind = str(field.type).replace("|", r"\|")
-        for name in ("When", "First", "Capture", "Tiers"):
-            kind = kind.replace(name, "str")
-        rows.append(f"| `{field.name}` | `{kind}` | {about.default} | {variable} |")
-        paragraphs.append(f"**`{field.name}`** {about.description}")
-    return "\n".join(rows) + "\n\n" + "\n\n".join(paragraphs) + "\n"

@@ -11,9 +11,6 @@ import pytest
 
 from .blocks import ROOT, Block, blocks, commands, files, pages, program
 
-LONG = ("recipes/ddp.md", "recipes/lightning.md")
-"""Pages that take longer than the others; run with --long."""
-
 NEEDS = {
     "recipes/trainer.md": ("transformers", "accelerate"),
     "recipes/accelerate.md": ("accelerate",),
@@ -28,11 +25,6 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT)).removeprefix("docs/")
 
 
-def marked(page: Path) -> object:
-    marks = [pytest.mark.long] if name_of(page) in LONG else []
-    return pytest.param(page, id=name_of(page), marks=marks)
-
-
 def check(words: list[str], folder: Path) -> str:
     """Run a program in `folder`; returns what it prints."""
     environment = os.environ | {"FRAME_SWAP_STORE": str(folder / "store")}
@@ -45,7 +37,7 @@ def check(words: list[str], folder: Path) -> str:
     return printed
 
 
-@pytest.mark.parametrize("page", [marked(page) for page in pages() if program(page) or commands(page)])
+@pytest.mark.parametrize("page", [page for page in pages() if program(page) or commands(page)], ids=name_of)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     for package in NEEDS.get(name_of(page), ()):
         pytest.importorskip(package, reason=f"the page shows {package}")
@@ -60,7 +52,7 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in pages()])
+@pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_no_block_is_left_out_unsaid(page: Path) -> None:
     for block in blocks(page):
         if block.comment.startswith("run: no"):
