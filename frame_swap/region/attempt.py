@@ -144,7 +144,8 @@ class Attempt:
     def _tell(self, event: Event, reason: str) -> None:
         self.journal.note(event.name.lower(), reason)
         seconds = {Event.LOADED: self.load_s, Event.INSTALLED: self.install_s, Event.FOREGROUND: self.compile_s}
-        self.tell(event.name.lower(), seconds.get(event), reason=reason)
+        if event is not Event.FORKED:  # each child of the program would tell the same
+            self.tell(event.name.lower(), seconds.get(event), reason=reason)
 
     def fail(self, event: Event, reason: str, *, warn: bool = True) -> None:
         """Its code will not come, or is not to be used (`event`: FAILED or REJECTED): one warning says why."""

@@ -70,19 +70,19 @@ class Journal:
         """Something has happened just now."""
         self.moments.append(Moment(name, time.time(), reason, *_here()))
 
-    def worked(self, name: str, began: float) -> None:
-        """This thread has done some work since `began`, in seconds since the epoch."""
-        self.spans.append(Span(name, began, time.time(), *_here()))
+    def worked(self, name: str, began: float, ended: float | None = None) -> None:
+        """This thread has done some work since `began`, until `ended` or now, in seconds since the epoch."""
+        self.spans.append(Span(name, began, time.time() if ended is None else ended, *_here()))
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """The block is a piece of work; profilers of torch's that are on show it, and NVTX with theirs."""
-        began = time.time()
+        began, start = time.time(), time.perf_counter()
         try:
             with logs.profiled(f"frame_swap: {name}"):
                 yield
         finally:
-            self.worked(name, began)
+            self.worked(name, began, began + time.perf_counter() - start)  # the clock may be set meanwhile
 
     def seconds(self, name: str) -> float | None:
         """How long the latest span of this name was; None where there is none."""

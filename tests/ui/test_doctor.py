@@ -23,8 +23,9 @@ from frame_swap import backend, settings
 from frame_swap.artifacts import folders
 from frame_swap.internals import gpu, probe
 from frame_swap.runtime import machine
-from frame_swap.ui import doctor, first_swap
-from frame_swap.ui.findings import Finding, Verdict, show
+from frame_swap.ui import doctor
+from frame_swap.ui.doctor import first_swap
+from frame_swap.ui.doctor.findings import Finding, Verdict, show
 
 pytestmark = pytest.mark.fast
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import settings
-from ..control import report
-from ..errors import first_line
-from ..internals import probe
-from ..region import Region, State
+from ... import settings
+from ...control import report
+from ...errors import first_line
+from ...internals import probe
+from ...region import Region, State
 from .findings import Finding, Verdict
 
 SUBJECT = "swap"

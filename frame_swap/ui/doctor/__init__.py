@@ -22,15 +22,15 @@ import psutil
 import torch
 from rich.console import Console
 
-from .. import enabling, settings
-from ..artifacts import folders
-from ..artifacts.store import chosen
-from ..errors import FrameSwapWarning, UnsafeFolder, first_line, nearest
-from ..farm.local import tokens
-from ..guards import predicate
-from ..internals import gpu, inductor, probe
-from ..region.attempt import STRICT
-from ..runtime import machine
+from ... import enabling, settings
+from ...artifacts import folders
+from ...artifacts.store import chosen
+from ...errors import FrameSwapWarning, UnsafeFolder, first_line, nearest
+from ...farm.local import tokens
+from ...guards import predicate
+from ...internals import gpu, inductor, probe
+from ...region.attempt import STRICT
+from ...runtime import machine
 from . import first_swap
 from .findings import Check, Finding, Verdict, show
 
