@@ -150,7 +150,14 @@ def drawn(progress: Progress) -> Any:
     from rich.text import Text
 
     head = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=max(1, progress.known), completed=progress.done, width=24)
+    bar = ProgressBar(
+        total=max(1, progress.known),
+        completed=progress.done,
+        width=24,
+        style="bright_black",  # rich's own grey is not seen on a dark background
+        complete_style="green",
+        finished_style="green",
+    )
     head.add_row("frame-swap", bar, Text(_line(progress, short=True)))
     rows = Table.grid(padding=(0, 2))
     for one in progress.pending[:MOST_ROWS]:
