@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 
 from .state import Progress
 
-NORMAL = "This is normal: eager code serves the calls meanwhile, with the same results."
+NORMAL = "This is normal: eager code serves the calls {}, with the same results."
 LINES_EVERY = 10.0
 """Seconds between two lines where nothing has ended."""
 
@@ -49,7 +49,7 @@ class Lines:
         """Print a line, if there is news."""
         now = time.monotonic()
         if self._done < 0:
-            self._print(f"{NORMAL}\n{_line(progress)}")
+            self._print(f"{NORMAL.format('meanwhile')}\n{_line(progress)}")
         elif progress.done != self._done or now - self._at >= LINES_EVERY:
             self._print(_line(progress))
         else:
@@ -165,7 +165,7 @@ def drawn(progress: Progress) -> Any:
         rows.add_row(Text(f"  {one.name}", overflow="ellipsis", no_wrap=True), one.doing, took)
     if (more := len(progress.pending) - MOST_ROWS) > 0:
         rows.add_row(f"  and {more} more", "", "")
-    return Group(head, rows, Text(f"{NORMAL} ({_calls(progress)} so far)"))
+    return Group(head, rows, Text(NORMAL.format(f"({progress.calls} so far)")))
 
 
 def bar_in_html(progress: Progress) -> str:
@@ -179,7 +179,8 @@ def bar_in_html(progress: Progress) -> str:
     )
     bar = f'<progress value="{progress.done}" max="{max(1, progress.known)}"></progress>'
     line = _line(progress, short=True)
-    return f"frame-swap {bar} {line}<table>{rows}</table>{NORMAL} ({_calls(progress)} so far)"
+    normal = NORMAL.format(f"({progress.calls} so far)")
+    return f"frame-swap {bar} {line}<table>{rows}</table>{normal}"
 
 
 def _line(progress: Progress, short: bool = False) -> str:
