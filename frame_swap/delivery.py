@@ -122,7 +122,7 @@ class Delivery:
         def calls_since() -> int:
             return order.record.eager_calls - calls
 
-        demand = Demand(calls_since, order.size, awaited=not deliver, begins=attempt.begins)
+        demand = Demand(calls_since, order.size, not deliver, attempt.begins, attempt.tried_again)
         attempt.tell("shipped", order.record.ship_s, f"{order.size} nodes")
         if self._at is not None:
             reuse.uses.asked(self._at, order.parcel, self._sizes or {}, lambda: attempt.state is State.PENDING)

@@ -34,12 +34,14 @@ class Demand:
         size: of what is compiled, in nodes of the graph.
         awaited: whether somebody waits for it.
         begins: called when a worker takes it.
+        lost: called with the reason when that worker was lost, and another is to try again.
     """
 
     calls: Callable[[], int] = lambda: 0
     size: int = 1
     awaited: bool = False
     begins: Callable[[], None] = lambda: None
+    lost: Callable[[str], None] = lambda reason: None
 
 
 NO_CALLS = Demand()
@@ -79,6 +81,10 @@ class Entry:
     def begins(self) -> None:
         """A worker takes it."""
         self._demand.begins()
+
+    def lost(self, reason: str) -> None:
+        """The worker was lost, for this reason; another is to try again."""
+        self._demand.lost(reason)
 
     def count(self) -> None:
         """Count its calls; without new ones it is cold."""

@@ -163,6 +163,11 @@ class Attempt:
         self.begun_at = time.time()
         self.tell("compiling")
 
+    def tried_again(self, reason: str) -> None:
+        """Its worker was lost, for this reason; another begins anew."""
+        self.journal.note("tried again", reason)
+        self.tell("tried again", reason=reason)
+
     def cancel_job(self) -> None:
         """Drop the job, if one is queued or under way, and what it holds."""
         cancel, self._cancel = self._cancel, None

@@ -22,6 +22,7 @@ from helpers import live
 import frame_swap
 from frame_swap import State
 from frame_swap.farm.workers import workers
+from frame_swap.region import records
 
 from . import VARIABLE, Fault
 from .harness import fresh_workers, nothing_left_behind, plant, survives, works
@@ -85,6 +86,8 @@ def test_a_worker_that_is_lost_twice_leaves_the_pair(
         compilers = [int(mark.name.removeprefix("compiler-")) for mark in Path(fault.marks).glob("compiler-*")]
         assert len(compilers) == (2 if what == "killed_beside_a_compiler" else 0)
         wait_for(lambda: not any(map(runs, compilers)))
+    (retry,) = [moment for moment in records()[-1].attempts[0].journal.moments if moment.name == "tried again"]
+    assert words[0] in retry.reason
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,7 @@ RETRYING = """
     import os, pathlib, threading, torch, frame_swap
     from frame_swap.farm.local import worker
     from frame_swap.farm.workers import workers
+from frame_swap.region import records
     from faults import inject
     worker.initialize = inject.initialize
     workers.pids(), workers.make_way()  # the one that the import has started is as it should be

@@ -186,21 +186,22 @@ class Pool:
             return
         with busy.one_more(self.terms.size):  # what the result sets off begins within: it takes a CPU, too
             try:
-                result = self._run(entry.call, entry.limit, entry.wanted)
+                result = self._run(entry)
             except BaseException as error:
                 entry.future.set_exception(error)
                 del entry  # a cycle: the error's traceback holds this frame
             else:
                 entry.future.set_result(result)
 
-    def _run(self, call: bytes, limit: float, wanted: Callable[[], bool]) -> Any:
+    def _run(self, entry: Entry) -> Any:
         try:
-            return self._run_once(call, limit)
+            return self._run_once(entry.call, entry.limit)
         except Lost as lost:
-            if not lost.again or not wanted() or self._killed:
+            if not lost.again or not entry.wanted() or self._killed:
                 raise
+            entry.lost(str(lost))
         try:
-            return self._run_once(call, limit)
+            return self._run_once(entry.call, entry.limit)
         except Lost as lost:
             raise Lost(f"{lost} (tried twice)", lost.details) from None
 
