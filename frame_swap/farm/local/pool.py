@@ -198,10 +198,13 @@ class Pool:
             return self._run_once(entry.call, entry.limit)
         except Lost as lost:
             if not lost.again or not entry.wanted() or self._killed:
+                del entry  # as in `_run_next`
                 raise
             entry.lost(str(lost))
+        call, limit = entry.call, entry.limit
+        del entry
         try:
-            return self._run_once(entry.call, entry.limit)
+            return self._run_once(call, limit)
         except Lost as lost:
             raise Lost(f"{lost} (tried twice)", lost.details) from None
 
