@@ -146,7 +146,6 @@ RETRYING = """
     import os, pathlib, threading, torch, frame_swap
     from frame_swap.farm.local import worker
     from frame_swap.farm.workers import workers
-from frame_swap.region import records
     from faults import inject
     worker.initialize = inject.initialize
     workers.pids(), workers.make_way()  # the one that the import has started is as it should be
