@@ -37,7 +37,40 @@ def check(words: list[str], folder: Path) -> str:
     return printed
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if program(page) or commands(page)], ids=name_of)
+def is_of_a_setting(page: Path) -> bool:
+    """Whether a page can run in one process with others of its kind. Processes of an executor run the main file."""
+    return page.parent.name == "settings" and page.stem != "executor"
+
+
+ONE_AFTER_THE_OTHER = """
+import sys
+import torch
+import frame_swap
+from frame_swap import settings
+from frame_swap.region import record
+
+for page in sys.argv[1:]:
+    print(page)
+    frame_swap.configure(**vars(settings.Settings(store=f"{page}.store")))  # so that each compiles
+    torch._dynamo.reset()
+    record.forget_all()
+    exec(compile(open(page).read(), page, "exec"), {"__name__": "__main__"})
+"""
+
+
+def test_the_code_of_the_settings_pages_runs(tmp_path: Path) -> None:
+    names = []
+    for page in filter(is_of_a_setting, pages()):
+        names.append(f"{page.stem}.py")
+        (tmp_path / names[-1]).write_text(program(page))
+    assert len(names) > 10
+    check([sys.executable, "-c", ONE_AFTER_THE_OTHER, *names], tmp_path)
+
+
+RUN = [page for page in pages() if (program(page) or commands(page)) and not is_of_a_setting(page)]
+
+
+@pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     for package in NEEDS.get(name_of(page), ()):
         pytest.importorskip(package, reason=f"the page shows {package}")

@@ -415,8 +415,11 @@ def test_a_row_of_the_report_keeps_nothing_alive() -> None:
     (row,) = live(frame_swap.report())
     plain = {str, int, float, bool, tuple, type(None), State, region.Purpose}
     (attempt,) = row.attempts
-    assert {type(value) for value in vars(row).values()} <= plain | {weakref.ref, list}
-    assert {type(value) for value in vars(attempt).values()} <= plain | {region.Record}
+    journal = region.journal.Journal
+    assert {type(value) for value in vars(row).values()} <= plain | {weakref.ref, list, journal}
+    assert {type(value) for value in vars(attempt).values()} <= plain | {region.Record, journal}
+    noted = [value for one in (*attempt.journal.spans, *attempt.journal.moments) for value in one]
+    assert {type(value) for value in (*noted, *itertools.chain(*attempt.phases))} <= plain
     (compile,) = row.row().compiles
     assert {type(value) for value in vars(compile).values()} <= plain
 
