@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
 from pathlib import Path
 
 from frame_swap.settings import Settings
@@ -26,7 +27,8 @@ def table() -> str:
 def head(field: dataclasses.Field[object]) -> str:
     """What stands at the top of a setting's own page."""
     facts = f"| type | default | variable |\n|---|---|---|\n| {_facts(field)} |"
-    return f"{facts}\n\n{field.metadata['about'].description}\n"
+    description = textwrap.fill(field.metadata["about"].description, 116, break_on_hyphens=False)
+    return f"{facts}\n\n{description}\n"
 
 
 def _facts(field: dataclasses.Field[object]) -> str:

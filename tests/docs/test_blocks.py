@@ -39,7 +39,8 @@ def check(words: list[str], folder: Path) -> str:
 
 def is_of_a_setting(page: Path) -> bool:
     """Whether a page can run in one process with others of its kind. Processes of an executor run the main file."""
-    return page.parent.name == "settings" and page.stem != "executor"
+    plain = not files(page) and not commands(page)
+    return page.parent.name == "settings" and page.stem != "executor" and plain
 
 
 ONE_AFTER_THE_OTHER = """

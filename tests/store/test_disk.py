@@ -228,6 +228,13 @@ def test_what_was_not_used_for_longest_goes_first(store: Disk) -> None:
     assert {one.key for one in store.artifacts()} == {keys[n] for n in (0, 1, 2, 9)}
 
 
+def test_what_takes_more_than_the_limit_is_not_called_kept(store: Disk) -> None:
+    assert Disk(store.folder, 100).put(KEY, ENTRY) == "it takes more than store_limit allows"
+    assert not store.has(KEY)
+    assert store.put(KEY, ENTRY) == ""
+    assert store.has(KEY)
+
+
 def test_the_folder_stays_below_its_limit(store: Disk) -> None:
     store.put(OTHER, ENTRY)
     small = Disk(store.folder, 20 * file_of(store, OTHER).stat().st_size)

@@ -118,6 +118,8 @@ class Disk:
         if self._written_since_check > CHECK_AFTER * self.limit:
             self._written_since_check = 0
             self.evict()
+            if not self.has(key):
+                return "it takes more than store_limit allows"
         return ""
 
     def has(self, key: str) -> bool:
