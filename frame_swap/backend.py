@@ -115,7 +115,7 @@ def _start(
     # 3. Serve
     try:
         muted = echo.muted() if delivery is not None else contextlib.nullcontext()
-        with record.journal.span("prepare eager code"), muted:
+        with record.journal.span("prepare eager code"), muted, dynamo.as_no_bucket():
             eager = eager_code(gm, example_inputs, wished.first, why, compiled=found is not None)
     except dynamo.TorchDynamoException:  # Dynamo's own control flow: it starts the frame over
         record.abandon("Dynamo started the frame over")
@@ -135,10 +135,13 @@ def _start(
         whole = dynamo.captured_whole(gm)
         trampoline.site = CallSite(gm.meta["backend_id"], frame.globals, trampoline, whole)
     if delivery is not None and found is not None:
-        delivery.arrived(found, frame_open=True)
+        with dynamo.as_no_bucket():
+            delivery.arrived(found, frame_open=True)
     elif wished.when == "wait" and delivery is not None and job is not None:
         load.prepare()  # while the worker compiles
-        delivery.arrived(job.wait(), frame_open=True)
+        outcome = job.wait()
+        with dynamo.as_no_bucket():
+            delivery.arrived(outcome, frame_open=True)
     return trampoline
 
 

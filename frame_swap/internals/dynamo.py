@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ with names_looked_up():
         get_metrics_context,
         orig_code_map,
     )
+    from torch._guards import TracingContext
 
 __all__ = [
     "GLOBAL_FOR_TORCH",
@@ -34,6 +36,7 @@ __all__ = [
     "CapturedFrame",
     "TorchDynamoException",
     "adopt_code",
+    "as_no_bucket",
     "began_to_trace",
     "cache_entries",
     "captured_frame",
@@ -190,3 +193,28 @@ def mark_as_captured(gm: torch.fx.GraphModule) -> None:
     gm._param_name_to_source = {}  # type: ignore[assignment]
     for node in gm.graph.find_nodes(op="placeholder"):
         node._dynamo_source = None
+
+
+@contextlib.contextmanager
+def as_no_bucket() -> Iterator[None]:
+    """Let DDPOptimizer not take what the block does for a call of AOTAutograd's: eager code serves at first.
+
+    It splits graphs at gradient buckets. Where AOTAutograd's count has risen while a part was compiled, it expects
+    that the part's first call is made with fake tensors, and the tracing context has its metadata.
+    """
+    context = TracingContext.try_get()
+    if context is None or getattr(context, "ddp_optimizer_ctx", None) is None:
+        yield
+        return
+    counter, total = counters["aot_autograd"], counters["aot_autograd"]["total"]
+    fakify, context.fakify_first_call = context.fakify_first_call, False
+    known, context.fw_metadata = context.fw_metadata, None
+    try:
+        yield
+    finally:
+        if (traced := context.fw_metadata) is not None:  # a backward of the pair's looks it up here
+            context.ddp_optimizer_ctx.curr_bucket += 1
+            context.ddp_optimizer_ctx.metadata_per_bucket.append(traced)
+        else:
+            context.fw_metadata = known
+        counter["total"], context.fakify_first_call = total, fakify
