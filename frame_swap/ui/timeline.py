@@ -24,6 +24,12 @@ Event = dict[str, Any]
 NO_PROCESS = 2**22 + 1
 """A process id that no process has (Linux has none above 2**22): for what no process does."""
 
+WAITS, ELSEWHERE = 100, 100_000
+"""The first tracks of what waits, and of compiles that are not known to be in a worker."""
+
+ROUNDING = 1e-3
+"""Seconds by which a phase may stick out of the one around it: more than that, and it is of another thread."""
+
 INSIDE = 1e-6
 """Seconds from the begin of a slice to its arrows. Perfetto gives an arrow to the slice that was begun last, be it
 over or not, and draws it from the end of the first slice to the begin of the second."""
@@ -74,7 +80,7 @@ class _Trace:
         self._now = now
         self._events: list[Event] = []
         self._names: dict[tuple[int, int], str] = {}
-        self._lanes: list[float] = []  # for each lane of those that wait, when its last one is over
+        self._lanes: dict[tuple[int, int], list[list[tuple[float, float]]]] = {}  # what each lane holds
         self._flows = 0
 
     def all(self) -> list[Event]:
@@ -128,40 +134,54 @@ class _Trace:
         steps: list[tuple[tuple[int, int], float, float]] = []
         for name, began, ended, over in self._waits_and_compiles(region, attempt):
             told = about if over else about | {"unfinished": True}
-            track = self._lane(began, ended) if name == "queue" else self._worker(attempt.worker_pid)
+            if name == "queue":
+                track = self._lane(NO_PROCESS, WAITS, "waits for a worker", began, ended)
+            else:
+                track = self._worker(attempt.worker_pid, began, ended)
             self._slice(track, f"{name} {title}", Span(name, began, ended, track[1], ""), told)
             steps.append((track, began, ended))
             if name == "compile":
                 self._phases(track, attempt, began, ended)
         for name in ("load", "install"):
-            spans = [span for span in attempt.journal.spans if span.name == name]
-            steps += [((os.getpid(), span.thread), span.began, span.ended) for span in spans[-1:]]
+            spans = [span for span in attempt.journal.spans if span.name == name][-1:]
+            if steps:  # not the load that failed before this compile
+                spans = [span for span in spans if span.began >= steps[-1][1]]
+            steps += [((os.getpid(), span.thread), span.began, span.ended) for span in spans]
         self._arrows(steps)
 
     def _waits_and_compiles(self, region: Record, attempt: Attempt) -> Iterator[tuple[str, float, float, bool]]:
         """Name, begin and end in seconds, and whether it is over."""
+        if attempt.store == "found":
+            return
+        shipped = (span.ended for span in region.journal.spans if span.name == "ship")
+        again = (moment.at for moment in attempt.journal.moments if moment.name == "compiled again")
+        begun = attempt.begun_at
+        asked = min(max([attempt.journal.began, *shipped, *again]), begun or self._now)
         if attempt.compile_span is not None:
-            if attempt.worker_pid is None:  # from the store
-                return
             began, ended = attempt.compile_span
-            yield "queue", began - (attempt.queue_s or 0.0), began, True
-            yield "compile", began, ended, True
+            if attempt.worker_pid is not None:
+                yield "queue", began - (attempt.queue_s or 0.0), began, True
+                yield "compile", began, ended, True
+            elif begun is not None:  # its worker was lost, and could not say when it began
+                yield "queue", asked, begun, True
+                yield "compile", begun, max(begun, ended), True
         elif attempt.state is State.PENDING:
-            asked = max([attempt.journal.began, *(s.ended for s in region.journal.spans if s.name == "ship")])
-            begun = attempt.begun_at
             yield "queue", asked, begun or self._now, begun is not None
             if begun is not None:
                 yield "compile", begun, self._now, False
 
     def _phases(self, track: tuple[int, int], attempt: Attempt, began: float, ended: float) -> None:
-        """torch's own phases. They nest, but for the rounding of clocks."""
+        """torch's own phases, within the compile; those of threads beside it are on tracks of their own."""
         around = [(began + 2 * INSIDE, ended)]  # arrows are the compile's
         for name, start, end in sorted(attempt.phases, key=lambda phase: (phase[1], -phase[2])):
             while len(around) > 1 and start >= around[-1][1]:
                 around.pop()
             first, last = around[-1]
-            start, end = min(max(start, first), last), min(max(end, first), last)
-            if end > start:
+            start, end = max(start, first), min(end, ended)
+            if end > last + ROUNDING:
+                beside = self._lane(track[0], track[0] + NO_PROCESS, "compilers", start, end)
+                self._slice(beside, name, Span("phase", start, end, beside[1], ""), {})
+            elif (end := min(end, last)) > start:
                 self._slice(track, name, Span("phase", start, end, track[1], ""), {})
                 around.append((start, end))
 
@@ -207,23 +227,22 @@ class _Trace:
         self._names.setdefault(track, name)
         return track
 
-    def _worker(self, pid: int | None) -> tuple[int, int]:
+    def _worker(self, pid: int | None, began: float, ended: float) -> tuple[int, int]:
         """The track of a worker; of a user's executor where that runs compiles in this process, or has not said."""
         if pid is None or pid == os.getpid():
-            track = NO_PROCESS, 1
-            self._names.setdefault(track, "compiles under way, or elsewhere")
-        else:
-            track = pid, pid
-            self._names.setdefault(track, "compiles")
-        return track
+            return self._lane(NO_PROCESS, ELSEWHERE, "compiles under way, or elsewhere", began, ended)
+        return self._lane(pid, pid, "compiles", began, ended)
 
-    def _lane(self, began: float, ended: float) -> tuple[int, int]:
-        """A track where nothing else waits at that time: slices of a track may not overlap."""
-        free = (lane for lane, until in enumerate(self._lanes) if until <= began)
-        lane = next(free, len(self._lanes))
-        self._lanes[lane : lane + 1] = [ended]
-        track = NO_PROCESS, 100 + lane
-        self._names.setdefault(track, "waits for a worker")
+    def _lane(self, pid: int, first: int, name: str, began: float, ended: float) -> tuple[int, int]:
+        """A track where nothing else happens then, `first` if possible: slices of a track may not overlap."""
+        lanes = self._lanes.setdefault((pid, first), [])
+        free = (at for at, held in enumerate(lanes) if all(e <= began or ended <= b for b, e in held))
+        lane = next(free, len(lanes))
+        if lane == len(lanes):
+            lanes.append([])
+        lanes[lane].append((began, ended))
+        track = pid, first + lane
+        self._names.setdefault(track, name)
         return track
 
 

@@ -176,6 +176,39 @@ def test_what_is_not_over_ends_now_and_says_so() -> None:
     assert loose_arrows(trace) == []
 
 
+def test_compiles_at_the_same_time_are_on_tracks_of_their_own() -> None:
+    frame_swap.configure(delay=3600)
+    for function in (f, lambda x: x.cos() + 1, lambda x: x.tan() + 1):
+        torch.compile(function, backend="frame_swap")(torch.randn(4, 4))
+    for record in records():
+        record.attempts[0].begun_at = time.time()
+    trace = events(records(), time.time() + 1)
+    assert overlaps(trace) == []
+    assert len({s["tid"] for s in slices(trace) if s["cat"] == "compile"}) == 3
+
+
+def test_phases_of_threads_beside_a_compile_are_drawn_as_long_as_they_are() -> None:
+    torch.compile(f, backend="frame_swap")(torch.randn(4, 4))
+    frame_swap.wait()
+    (attempt,) = records()[0].attempts
+    attempt.compile_span, attempt.worker_pid = (10.0, 20.0), 1234
+    attempt.phases = (("wait", 11.0, 15.0), ("compile_file", 12.0, 18.0), ("within", 12.5, 14.0))
+    trace = events(records(), time.time())
+    took = {s["name"]: round(s["dur"] / 1e6, 3) for s in slices(trace) if s["cat"] == "phase"}
+    assert took == {"wait": 4.0, "compile_file": 6.0, "within": 1.5}
+    assert overlaps(trace) == []
+
+
+def test_a_lost_worker_has_a_compile_all_the_same() -> None:
+    torch.compile(f, backend="frame_swap")(torch.randn(4, 4))
+    frame_swap.wait()
+    (attempt,) = records()[0].attempts
+    attempt.worker_pid = None
+    assert {"queue", "compile"} <= {s["cat"] for s in slices(events(records(), time.time()))}
+    attempt.store = "found"
+    assert not {"queue", "compile"} & {s["cat"] for s in slices(events(records(), time.time()))}
+
+
 def test_failures_and_rejections_are_marks_with_reasons(tmp_path: Path) -> None:
     compiled, x = torch.compile(f, backend="frame_swap"), torch.randn(4, 4)
     compiled(x)
@@ -212,6 +245,7 @@ def test_code_from_a_retry_is_marked() -> None:
     attempt.begin_again("what the store had could not be loaded")
     marks = [e for e in events(records(), time.time()) if e["ph"] == "i" and e["cat"] == "compiled again"]
     assert [mark["args"]["reason"] for mark in marks] == ["what the store had could not be loaded"]
+    assert loose_arrows(events(records(), time.time())) == []
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
