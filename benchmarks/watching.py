@@ -52,7 +52,7 @@ def watched(arm: str) -> Iterator[None]:
         frame_swap.configure(verbose=int(arm == "verbose"))
         with frame_swap.watch() if arm == "watch" else contextlib.nullcontext():
             if arm == "watch":
-                time.sleep(2.0)  # until the bar is there
+                time.sleep(3.0)  # until the bar is there
             yield
     finally:
         sys.stderr = stderr

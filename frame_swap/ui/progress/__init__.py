@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 PATIENCE = 1.0
 """Seconds for which nothing is shown: short waits need no display."""
 
-PAUSE = 0.5
-"""Seconds between two looks. To draw takes some milliseconds, which the program's threads miss."""
+PAUSE, RARELY = 0.5, 1.0
+"""Seconds between two looks while the program waits, and while it runs: to draw takes milliseconds, which its threads
+miss."""
 
 
 def wait(timeout: float | None = None, *, progress: bool = True) -> Report:
@@ -51,13 +52,14 @@ def watch() -> Watching:
     Returns:
         A context manager: the display ends with its block, with its `stop()`, or with the program.
     """
-    return Watching()
+    return Watching(RARELY)
 
 
 class Watching:
-    """A thread that looks at the compiles and shows them."""
+    """A thread that looks at the compiles and shows them, every `pause` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float = PAUSE) -> None:
+        self._pause = pause
         self._over = threading.Event()
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._show_all, name="frame-swap-watch", daemon=True)
@@ -89,7 +91,7 @@ class Watching:
         began: float | None = None
         display: Display | None = None
         while began is None or Progress.now(began).pending:
-            over = self._over.wait(PAUSE)
+            over = self._over.wait(self._pause)
             progress = Progress.now(began or time.time())
             if began is None and progress.pending:
                 began = time.time()
