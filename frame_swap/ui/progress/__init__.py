@@ -25,8 +25,8 @@ PATIENCE = 1.0
 """Seconds for which nothing is shown: short waits need no display."""
 
 PAUSE, RARELY = 0.5, 1.0
-"""Seconds between two looks while the program waits, and while it runs: to draw takes milliseconds, which its threads
-miss."""
+"""Seconds between two looks while the program waits, and while it runs: its threads miss the milliseconds of a
+drawing."""
 
 
 def wait(timeout: float | None = None, *, progress: bool = True) -> Report:
