@@ -260,6 +260,7 @@ def test_stances(moment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- KeyboardInterrupt: at each point of a capture and of an install ---------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # within a generator that ends
 def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works() -> None:
     files = (
