@@ -70,11 +70,7 @@ _SHELLS = ("torch/_dynamo/external_utils.py", "torch/nn/modules/module.py")
 
 def captured_frame() -> CapturedFrame | None:
     """The frame that Dynamo is tracing on this thread; None outside of Dynamo."""
-    try:
-        root = InstructionTranslator.current_tx().output.root_tx
-    except AttributeError:
-        return None
-    if root is None:
+    if (root := _root()) is None:
         return None
     code = root.f_code
     if code.co_filename.endswith(_SHELLS):  # Dynamo inlined the user's function, as its last
@@ -85,15 +81,20 @@ def captured_frame() -> CapturedFrame | None:
 
 def traced_code() -> CodeType | None:
     """The code object whose cache will have what Dynamo is tracing on this thread; None outside of Dynamo."""
-    try:
-        root = InstructionTranslator.current_tx().output.root_tx
-    except AttributeError:
-        return None
+    root = _root()
     return root.f_code if root is not None else None
 
 
+def _root() -> Any:
+    """Dynamo's translator of the outermost frame that it traces on this thread; None outside of Dynamo."""
+    try:
+        return InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
+
+
 def forget_entries(code: CodeType, is_ours: Callable[[Any], bool]) -> None:
-    """Drop the cache entries of `code` whose backend is `ours`; others stay as they are.
+    """Drop the cache entries of `code` whose backend `is_ours` accepts; others stay as they are.
 
     One that cannot be dropped, since others are there, fits no call any more and comes after these.
     """

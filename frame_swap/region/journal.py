@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from typing import NamedTuple
 
 from .. import settings
 from ..internals import logs
+from .under_way import short
 
 log = logging.getLogger(__name__)
 
@@ -110,10 +110,8 @@ class News(NamedTuple):
     reason: str = ""
 
     def __str__(self) -> str:
-        name, _, place = self.frame.rpartition(", ")
-        frame = f"{name or place} {os.path.basename(place) if name else ''}".rstrip()
         took = "" if self.seconds is None else f"{self.seconds:.2f} s"
-        line = f"{self.compile_id:6} {self.tier:9} {self.what:10} {took:>8} {self.size:>10}  {frame}"
+        line = f"{self.compile_id:6} {self.tier:9} {self.what:10} {took:>8} {self.size:>10}  {short(self.frame)}"
         return f"{line}{': ' if self.reason else ''}{self.reason}"
 
 

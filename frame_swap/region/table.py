@@ -15,6 +15,7 @@ from rich.text import Text
 
 from .report import Compile, Region, Report
 from .states import State
+from .under_way import short
 
 WIDTH = 80
 
@@ -150,12 +151,6 @@ def _times(compiles: Sequence[Compile]) -> Iterator[str]:
     for compile in compiles:
         yield from (_number(value, 2) for value in (compile.queue_s, compile.compile_s, compile.load_s))
         yield _number(compile.install_s and 1e3 * compile.install_s, 1)
-
-
-def short(frame: str) -> str:
-    """The name of a frame, without the folder of its file."""
-    name, _, place = frame.rpartition(", ")
-    return f"{name} {place.rpartition('/')[2]}".strip()
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -19,6 +19,12 @@ def name_of(code: CodeType) -> str:
     return f"{code.co_qualname}, {code.co_filename}:{code.co_firstlineno}"
 
 
+def short(frame: str) -> str:
+    """The name of a frame, without the folder of its file."""
+    name, _, place = frame.rpartition(", ")
+    return f"{name} {place.rpartition('/')[2]}".strip()
+
+
 def capture_begins(frame: str) -> None:
     """`frame` waits for its capture, or is being captured."""
     with lock:

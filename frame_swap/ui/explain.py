@@ -15,8 +15,7 @@ from ..errors import Unshippable, first_line
 from ..farm import reuse
 from ..internals import callback, dynamo, eager, fake_tensors, inductor
 from ..late_guards.condition import condition_of
-from ..region.table import short
-from ..region.under_way import name_of
+from ..region.under_way import name_of, short
 from ..serving.eager import serve_graph, why_pair
 from ..serving.pair import trace_pair
 from ..shipping import graph, parcel

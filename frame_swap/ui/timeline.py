@@ -17,7 +17,7 @@ from typing import Any
 
 from ..region import Attempt, Record, State, records
 from ..region.journal import Journal, Span
-from ..region.table import short
+from ..region.under_way import short
 
 Event = dict[str, Any]
 

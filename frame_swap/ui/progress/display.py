@@ -161,8 +161,7 @@ def drawn(progress: Progress) -> Any:
     head.add_row("frame-swap", bar, Text(_line(progress, short=True)))
     rows = Table.grid(padding=(0, 2))
     for one in progress.pending[:MOST_ROWS]:
-        took = "" if one.seconds is None else f"{one.seconds:.0f} s"
-        rows.add_row(Text(f"  {one.name}", overflow="ellipsis", no_wrap=True), one.doing, took)
+        rows.add_row(Text(f"  {one.name}", overflow="ellipsis", no_wrap=True), one.doing, one.took)
     if (more := len(progress.pending) - MOST_ROWS) > 0:
         rows.add_row(f"  and {more} more", "", "")
     return Group(head, rows, Text(NORMAL.format(f"({progress.calls} so far)")))
@@ -173,8 +172,7 @@ def bar_in_html(progress: Progress) -> str:
     import html
 
     rows = "".join(
-        f"<tr><td>{html.escape(one.name)}</td><td>{one.doing}</td>"
-        f"<td>{'' if one.seconds is None else f'{one.seconds:.0f} s'}</td></tr>"
+        f"<tr><td>{html.escape(one.name)}</td><td>{one.doing}</td><td>{one.took}</td></tr>"
         for one in progress.pending[:MOST_ROWS]
     )
     bar = f'<progress value="{progress.done}" max="{max(1, progress.known)}"></progress>'
@@ -189,7 +187,7 @@ def _line(progress: Progress, short: bool = False) -> str:
         parts.append(f"about {progress.left:.0f} s left")
     if not short:
         at = [one for one in progress.pending if one.seconds is not None]
-        parts += [f"{at[0].name} {at[0].doing} ({at[0].seconds:.0f} s)"] if at else []
+        parts += [f"{at[0].name} {at[0].doing} ({at[0].took})"] if at else []
         parts.append(f"eager code has served {_calls(progress)}")
     return ", ".join(parts)
 

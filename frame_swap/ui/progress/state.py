@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ... import settings
 from ...region import Attempt, Record, State, capturing, records
-from ...region.table import short
+from ...region.under_way import short
 
 
 class Pending(NamedTuple):
@@ -27,6 +27,11 @@ class Pending(NamedTuple):
     doing: str
     seconds: float | None
     size: int
+
+    @property
+    def took(self) -> str:
+        """The seconds as text; "" where no worker is at it."""
+        return "" if self.seconds is None else f"{self.seconds:.0f} s"
 
 
 @dataclasses.dataclass(frozen=True)
