@@ -128,7 +128,9 @@ class _Seen(NamedTuple):
             return self.explained
         try:
             relations, wrappers = _trace(self.packed)
-            _, late = condition_of(relations, self.shapes)
+            late: tuple[str, ...] = ()
+            if self.explained.eager != "pair":  # whose trace is part of Dynamo's: the frame's own guards have them
+                _, late = condition_of(relations, self.shapes)
         except guards.Inexpressible as error:
             late, wrappers = (f"one that cannot be checked: eager code would go on serving: {error}",), ()
         except Exception as error:

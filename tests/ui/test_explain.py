@@ -36,6 +36,7 @@ def chunks(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.fast
 def test_each_graph_is_explained_in_order() -> None:
+    frame_swap.configure(first="graph")
     first, second = explained = frame_swap.explain(broken)(torch.randn(4, 4))
     assert "broken" in first.frame
     assert "resume" in second.frame
@@ -47,6 +48,7 @@ def test_each_graph_is_explained_in_order() -> None:
 
 @pytest.mark.fast
 def test_late_guards_are_those_of_the_compile() -> None:
+    frame_swap.configure(first="graph")
     (ahead,) = frame_swap.explain(chunks, dynamic=True)(torch.randn(7, 4))
     torch.compile(chunks, backend="frame_swap", dynamic=True)(torch.randn(7, 4))
     (region,) = live(frame_swap.wait())
@@ -55,6 +57,15 @@ def test_late_guards_are_those_of_the_compile() -> None:
         assert holds(told, rows, columns) == holds(expected, rows, columns)
     assert holds(told, 7, 4)
     assert not holds(told, 8, 4)
+
+
+@pytest.mark.fast
+def test_with_the_pair_guards_of_its_trace_are_the_frames_own() -> None:
+    frame_swap.configure(first="pair")
+    (ahead,) = frame_swap.explain(chunks, dynamic=True)(torch.randn(7, 4))
+    torch.compile(chunks, backend="frame_swap", dynamic=True)(torch.randn(7, 4))
+    (region,) = live(frame_swap.wait())
+    assert ahead.late_guards == region.late_guards == ()
 
 
 def holds(guard: str, rows: int, columns: int) -> bool:

@@ -14,7 +14,7 @@ from ... import settings
 from ...control import report
 from ...errors import first_line
 from ...internals import probe
-from ...region import Region, State
+from ...region import Region, State, wait_for_compiles
 from .findings import Finding, Verdict
 
 SUBJECT = "swap"
@@ -83,6 +83,7 @@ def _try(device: str) -> Iterator[Finding | str]:
         if time.perf_counter() > line_at:
             yield f"still compiling, after {time.perf_counter() - clock:.0f} s ..."
             line_at += SECONDS_BETWEEN_LINES
+    wait_for_compiles(timeout=1.0)  # until its end is told: a warning comes before the finding
     if region.state is not State.INSTALLED:
         reason = region.reason or f"no compiled code after {LIMIT:g} s"
         yield Finding(SUBJECT, Verdict.WRONG, f"{region.state}: {reason}", _ADVICE)
