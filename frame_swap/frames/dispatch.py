@@ -65,7 +65,25 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+class _Rewritten(NamedTuple):
+    """What a table takes from a cache entry, read while Dynamo's compile lock was held.
+
+    Attributes:
+        original: the code that Dynamo has captured.
+        backend, guards: the entry's.
+        code: what it runs now.
+    """
+
+    original: weakref.ref[CodeType]
+    backend: Any
+    guards: Any
+    code: CodeType
+
+
 _tables: weakref.WeakSet[_Table] = weakref.WeakSet()
+
+# By entry. Another function with the same code may be opted in later: a second instance, a second closure.
+_rewritten: weakref.WeakKeyDictionary[Any, _Rewritten] = weakref.WeakKeyDictionary()
 
 
 class _Table:
@@ -92,6 +110,9 @@ class _Table:
         self.promised: dict[tuple[int, bool], tuple[Shortcut, ...]] = {}
         with _changing:
             _tables.add(self)
+            for entry, rewritten in list(_rewritten.items()):
+                if rewritten.original() is function.__code__:
+                    self.take(entry, rewritten)
 
     def search(self, scope: dict[str, Any], module: torch.nn.Module | None = None) -> Callable[..., Any] | None:
         """The code to run for a call with the locals `scope`; None without a shortcut. Tried first from now on."""
@@ -106,13 +127,13 @@ class _Table:
                 return entry.full.run
         return None
 
-    def entry_rewritten(self, entry: Any, code: CodeType) -> None:
-        """Run `code` for this entry: add the entry, or change its shortcuts."""
+    def take(self, entry: Any, rewritten: _Rewritten) -> None:
+        """Run the code that this entry runs: add the entry, or change its shortcuts."""
         known = next((e for e in self.entries if e.alive() is entry), None)
+        _, backend, guards, code = rewritten
         if known is not None:
             cast(FunctionType, known.full.run).__code__ = code
-        elif entry.backend == self._backend and (run := _function(code, self.function)) is not None:
-            guards = entry.guard_manager.root
+        elif backend == self._backend and (run := _function(code, self.function)) is not None:
             reduced = eval_frame.guards_elsewhere(guards, self._module) if self._module else None
             alive = weakref.ref(entry, functools.partial(_if_alive, weakref.WeakMethod(self._remove)))
             self.entries += (_Entry(alive, Shortcut(guards.check, run), reduced and Shortcut(reduced.check, run)),)
@@ -153,10 +174,12 @@ def entry_rewritten(original: CodeType, entry: Any, code: CodeType) -> None:
         original: the code of the functions that the entry is for.
         code: calls a graph, and otherwise nothing that Dynamo would capture.
     """
+    rewritten = _Rewritten(weakref.ref(original), entry.backend, entry.guard_manager.root, code)
     with _changing:
+        _rewritten[entry] = rewritten
         for table in list(_tables):
             if table.function.__code__ is original:
-                table.entry_rewritten(entry, code)
+                table.take(entry, rewritten)
 
 
 def dispatcher(compiled: Callable[..., Any]) -> Callable[..., Any]:

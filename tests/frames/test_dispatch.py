@@ -188,6 +188,19 @@ def test_another_backend_s_entries_are_not_taken() -> None:
     assert len(frame_swap.report().regions) == 2
 
 
+def test_who_is_opted_in_after_the_swap_goes_directly_too() -> None:
+    def shifted(by: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: x.sin() + by
+
+    swapped(shifted(torch.ones(3)))
+    opted = frame_swap.opt_in(shifted(torch.zeros(3)))
+    assert is_direct(lambda: opted(torch.ones(3)))
+    assert_same(opted(torch.ones(3)), torch.ones(3).sin(), "")
+    assert len(frame_swap.report().regions) == 1
+    other = frame_swap.opt_in(options={"epilogue_fusion": False})(shifted(torch.zeros(3)))
+    assert not is_direct(lambda: other(torch.ones(3)))
+
+
 class Nothing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
