@@ -29,7 +29,7 @@ from .internals import beside, dynamo, fake_tensors, inductor, probe
 from .region import Event, Record
 from .serving.eager import eager_code, why_pair
 from .serving.trampoline import Trampoline
-from .shipping import echo, parcel
+from .shipping import echo, held, parcel
 from .shipping.graph import is_repeatable
 
 
@@ -102,7 +102,7 @@ def _start(
             shapes=fake_tensors.FrameShapes(example_inputs),
             limit=dynamo.recompile_limit(),
             settings=wished,
-            graph=copy_of_graph(gm) if wished.verify else None,
+            graph=held.lift(copy_of_graph(gm))[0] if wished.verify else None,
             repeatable=is_repeatable(gm),
             autotuned=changes if tiers else None,
         )

@@ -19,7 +19,7 @@ import functools
 import logging
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,13 @@ from .farm import reuse
 from .farm.protocol import Outcome
 from .farm.queue import Demand
 from .farm.service import Job, service
-from .internals import dynamo, fake_tensors, inductor
+from .internals import dynamo, eager, fake_tensors, inductor
 from .late_guards.condition import condition_of
 from .late_guards.specialiser import Specialiser
 from .region import Attempt, Event, Purpose, Record, State
 from .serving.plan import Offer, Served
 from .serving.trampoline import Trampoline
-from .shipping import echo
+from .shipping import echo, values
 from .shipping.parcel import Parcel
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Order:
         shapes: the symbols in the graph's shapes, and what the frame's guards say of them.
         limit: the most compiles for other sizes: as many as Dynamo's recompiles of a frame.
         settings: those in force at capture.
-        graph: Dynamo's, where compiled code is to be verified; else None.
+        graph: Dynamo's with the held tensors as inputs, where compiled code is to be verified; else None.
         repeatable: whether a call that raised may be made again, as far as the graph is concerned.
         autotuned: changes of Inductor's config for better code, once there is some; None where there is no other.
         must_gain: whether code that replaces other code has to be faster.
@@ -108,6 +108,7 @@ class Delivery:
         self._replaces = replaces
         reuse.uses.begins()
         self._at = reuse.place_of(order.parcel, sizes, order.settings)
+        self._changes = self._changes_of_held()
         self._from_store = self._made_again = False
         attempt.autotuned = inductor.autotunes(order.options)
 
@@ -202,8 +203,13 @@ class Delivery:
         guarded = trampoline.site is not None
         compiled = reuse.uses.take(self._at) if guarded else None
         if compiled is None:
-            compiled = load.load(outcome.artifact, order.parcel.state, order.options, guarded=guarded)
+            constants = values.load(outcome.constants) if outcome.constants is not None else None
+            if order.parcel.frozen and self._changes != self._changes_of_held():
+                raise UnusableArtifact("a parameter has changed since its value became a constant of the code")
+            compiled = load.load(outcome.artifact, order.parcel.state, order.options, constants, guarded=guarded)
         attempt.wrappers = compiled.wrappers
+        trials = tuple(self._trials(compiled.call))
+        compiled = compiled.holding(order.parcel.held)
         if not order.repeatable:
             compiled = compiled._replace(repeatable=False)
         relations = pickle.loads(outcome.late_guards)
@@ -216,11 +222,14 @@ class Delivery:
             trampoline.specialiser = Specialiser(order.shapes.sizes, self._specialise, order.limit)
         awaited = frame_open and not trampoline.is_ahead
         served = Served.of(attempt, compiled, condition)
-        offer = Offer(served, tuple(self._trials()), self._replaces, awaited=awaited)
+        offer = Offer(served, trials, self._replaces, awaited=awaited)
         self._ask_for_better()  # before the first is in place: the frame then keeps what leads to it
         if not frame_open:  # an open frame has no code yet
             trampoline.prepare(offer)
         return offer
+
+    def _changes_of_held(self) -> list[int]:
+        return [eager.times_changed(tensor) for tensor in self._order.parcel.held]
 
     def _make_again(self, error: Exception, frame_open: bool) -> bool:
         """Whether what cannot be loaded came from the store: then it is removed there, and compiled once more."""
@@ -238,8 +247,8 @@ class Delivery:
             self.arrived(job.wait(), frame_open=True)
         return True
 
-    def _trials(self) -> Iterator[Trial]:
-        """What the code has to pass before it is installed."""
+    def _trials(self, compiled: Callable[..., Any]) -> Iterator[Trial]:
+        """What the code has to pass before it is installed; `compiled` takes the held tensors, too."""
         order = self._order
         if order.graph is not None:
             options = {**order.parcel.state.configs["inductor"], **order.options}
@@ -247,6 +256,8 @@ class Delivery:
                 order.settings.verify,
                 order.graph,
                 self._keep_repro,
+                held=order.parcel.held,
+                compiled=compiled,
                 same_numbers=bool(options.get("fallback_random", False)),
                 repeatable=order.repeatable,
             )

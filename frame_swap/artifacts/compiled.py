@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 Boxed = Callable[[list[Any]], Any]
 """Takes the graph's inputs in one list, which it empties."""
@@ -24,6 +27,10 @@ class Compiled(NamedTuple):
     boxed: Boxed | None
     wrappers: tuple[str, ...]
     repeatable: bool
+
+    def holding(self, tensors: tuple[Tensor, ...]) -> Compiled:
+        """The same, for a graph that holds `tensors`: compiled code takes them as its first inputs."""
+        return self._replace(call=functools.partial(self.call, *tensors), boxed=None) if tensors else self
 
 
 def is_repeatable(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any, NamedTuple
 
-from ..internals import dynamo, fake_tensors, inductor, loading
+from ..internals import dynamo, fake_tensors, freezing, inductor, loading
 from ..shipping import echo
 from ..shipping.process_state import ProcessState
 from . import folders, generated, libraries
@@ -46,10 +46,12 @@ class Packed(NamedTuple):
     Attributes:
         content: pickled.
         gpus: the indices of those that it is for.
+        constants: by name, those that are too large for the artifact.
     """
 
     content: bytes
     gpus: tuple[int, ...]
+    constants: dict[str, Any]
 
 
 def pack(entry: Any, kernels: libraries.Libraries) -> Packed:
@@ -61,8 +63,9 @@ def pack(entry: Any, kernels: libraries.Libraries) -> Packed:
     """
     if entry.serialized_bw_module is not None:
         entry.serialized_bw_module = Deferred(entry.serialized_bw_module)
+    constants = freezing.taken_constants(entry)
     gpus = {index for one in (entry.compiled_fw, entry.compiled_bw) for index in loading.gpus_of(one)}
-    return Packed(pickle.dumps((entry, kernels)), tuple(sorted(gpus)))
+    return Packed(pickle.dumps((entry, kernels)), tuple(sorted(gpus)), constants)
 
 
 def try_out(packed: Packed, state: ProcessState, options: dict[str, Any]) -> bytes:
@@ -71,11 +74,18 @@ def try_out(packed: Packed, state: ProcessState, options: dict[str, Any]) -> byt
     So an artifact that crashes a process crashes the worker. Inductor forgets the modules that were loaded.
     """
     with loading.loaded_modules_forgotten(), generated.recorded() as made:
-        _load(packed.content, state, options, guarded=True)
+        _load(packed.content, state, options, packed.constants, guarded=True)
     return seal(pickle.dumps((packed.content, made)), packed.gpus)
 
 
-def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guarded: bool) -> Compiled:
+def load(
+    artifact: bytes,
+    state: ProcessState,
+    options: dict[str, Any],
+    constants: dict[str, Any] | None = None,
+    *,
+    guarded: bool,
+) -> Compiled:
     """Load a worker's artifact: compiled forward and backward, in the wrappers that its graph needs.
 
     Holds Dynamo's compile lock meanwhile, since configs are process-wide.
@@ -83,6 +93,7 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guard
     Args:
         state: the thread and the process at capture.
         options: changes of Inductor's config, as `inductor.options_of` returns them.
+        constants: those that came beside the artifact.
         guarded: whether grad mode is the same at each call as at capture. A frame's guards make sure of that.
 
     Raises:
@@ -94,13 +105,16 @@ def load(artifact: bytes, state: ProcessState, options: dict[str, Any], *, guard
     """
     content, made = pickle.loads(unseal(artifact))
     with dynamo.compile_lock, generated.supplied(made):
-        return _load(content, state, options, guarded=guarded)
+        return _load(content, state, options, constants or {}, guarded=guarded)
 
 
-def _load(content: bytes, state: ProcessState, options: dict[str, Any], *, guarded: bool) -> Compiled:
+def _load(
+    content: bytes, state: ProcessState, options: dict[str, Any], constants: dict[str, Any], *, guarded: bool
+) -> Compiled:
     config = inductor.inductor_config.patch({**state.configs["inductor"], **options})
     with dynamo.compile_lock, state.applied_to_thread(), config, folders.safe_caches():
         entry, kernels = pickle.loads(content)
+        freezing.give_constants(entry, constants)
         entry.guards_expr = None  # late guards are evaluated by us: see guards/
         for direction in (entry.compiled_fw, entry.compiled_bw):
             loading.forget_metrics(direction)

@@ -27,7 +27,7 @@ from ..errors import UnsafeFolder, UnusableFolder
 from ..farm.compile import compile_graph
 from ..farm.protocol import Request
 from ..internals import inductor
-from ..shipping import graph
+from ..shipping import graph, values
 from ..shipping.parcel import Parcel, open_content
 from .arguments import with_history
 from .comparison import Comparison
@@ -77,11 +77,13 @@ def difference(folder: Path) -> str:
         raise UnusableFolder(f"what is in {folder} would be run, and others can write to it: {error}") from None
     except OSError as error:
         raise UnusableFolder(f"{folder} is no folder that frame-swap wrote: {error}") from None
-    outcome = compile_graph(Request(content, envelope, call["sizes"], time.time()))
+    opened = open_content(content)
+    frozen = values.save([value for value, *_ in call["values"][: opened.frozen]], None) if opened.frozen else None
+    outcome = compile_graph(Request(content, envelope, call["sizes"], time.time(), frozen))
     if outcome.artifact is None:
         raise UnusableFolder(f"its graph does not compile: {outcome.error}\n{outcome.details}")
-    opened = open_content(content)
-    compiled = load.load(outcome.artifact, opened.state, opened.options, guarded=False)
+    constants = values.load(outcome.constants) if outcome.constants is not None else None
+    compiled = load.load(outcome.artifact, opened.state, opened.options, constants, guarded=False)
     gm, _, _ = graph.unpack(opened.graph, call["sizes"])
     settings = {**opened.state.configs["inductor"], **opened.options}
     with opened.state.applied_to_thread():

@@ -15,14 +15,12 @@ class Sides(NamedTuple):
         current: what serves now, eager code or the compiled code in place, to serve the caller; the report counts
             this call.
         compiled: the code on trial, to serve the caller; if it raises, the call is recovered on eager code.
-        bare_eager, bare_compiled: eager code and the code on trial, without counting and without recovery; to
-            compare them.
+        bare_eager: eager code, without counting; to compare with it.
     """
 
     current: Callable[..., Any]
     compiled: Callable[..., Any]
     bare_eager: Callable[..., Any]
-    bare_compiled: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,9 @@ class Verification(Trial):
 
     Args:
         calls: the number of calls to compare.
-        graph: Dynamo's graph.
+        graph: Dynamo's graph; takes the tensors that it holds as its first inputs.
+        held: these tensors. The calls that are compared get copies, as of all arguments.
+        compiled: the code on trial, without recovery; takes what `graph` takes.
         keep_repro: called if there is a difference.
         same_numbers: whether compiled code draws the same random numbers as eager code.
         repeatable: whether a call may be made twice: it only returns outputs and changes inputs.
@@ -40,12 +42,16 @@ class Verification(Trial):
         graph: torch.fx.GraphModule,
         keep_repro: KeepRepro,
         *,
+        held: tuple[torch.Tensor, ...],
+        compiled: Callable[..., Any],
         same_numbers: bool,
         repeatable: bool,
     ) -> None:
         super().__init__()
         self._calls = calls
         self._graph = graph
+        self._held = held
+        self._compiled = compiled
         self._same_numbers = same_numbers
         self._keep_repro = keep_repro
         self._made = 0
@@ -65,10 +71,12 @@ class Verification(Trial):
         return sides.current(*args)
 
     def _compare(self, sides: Sides, args: tuple[Any, ...]) -> None:
-        comparison = Comparison(sides.bare_eager, args, self._graph, same_numbers=self._same_numbers)
+        eager_code = self._graph if self._held else sides.bare_eager
+        args = (*self._held, *args)
+        comparison = Comparison(eager_code, args, self._graph, same_numbers=self._same_numbers)
         if comparison.expected.error:
             return  # the call itself will raise it
-        difference = comparison.difference(sides.bare_compiled)
+        difference = comparison.difference(self._compiled)
         if difference:
             self.verdict = f"it is not what eager code computes: {difference}; {self._keep_repro(args, difference)}"
             return

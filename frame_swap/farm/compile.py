@@ -29,6 +29,7 @@ from .protocol import Outcome, Request
 
 if TYPE_CHECKING:
     from ..internals.phases import Phases
+    from ..shipping.values import Values
 
 # These variables are read when torch is imported, and settings give way to them.
 _CACHE_SWITCHES = (
@@ -41,7 +42,7 @@ _CACHE_SWITCHES = (
 def compile_graph(request: Request) -> Outcome:
     """Run all of Inductor's `compile_fx` on the graph of a request."""
     started = time.time()
-    artifact, guards, error, details = None, b"", "", ""
+    artifact, guards, constants, error, details = None, b"", None, "", ""
     heard: list[bytes] = []
     remarks: list[str] = []
     phases: Phases | None = None  # it needs torch
@@ -51,7 +52,7 @@ def compile_graph(request: Request) -> Outcome:
         from ..internals import phases as torch_phases
 
         phases = torch_phases.Phases()
-        artifact, guards = _compile(request, heard.append, remarks, phases)
+        artifact, guards, constants = _compile(request, heard.append, remarks, phases)
     except BaseException as failure:
         error = f"{first_line(failure)}; {_advice(failure)}"
         details = traceback.format_exc()
@@ -68,6 +69,7 @@ def compile_graph(request: Request) -> Outcome:
         tuple(remarks),
         phases=phases.longest() if phases is not None else (),
         log=place.log_file(),
+        constants=constants,
     )
 
 
@@ -79,8 +81,8 @@ def allow_caches() -> None:
 
 def _compile(
     request: Request, keep_echo: Callable[[bytes], None], remarks: list[str], phases: Phases
-) -> tuple[bytes, bytes]:
-    """The artifact, and the pickled late guards.
+) -> tuple[bytes, bytes, Values | None]:
+    """The artifact, the pickled late guards, and the constants that come beside the artifact.
 
     Args:
         keep_echo: called with what the compile leaves behind, also where it fails.
@@ -89,7 +91,7 @@ def _compile(
     """
     from ..artifacts import folders, libraries, load
     from ..internals import dynamo, fake_tensors, inductor, tuning
-    from ..shipping import echo, graph, parcel
+    from ..shipping import echo, graph, held, parcel, values
 
     content = parcel.open_content(request.content)
     envelope = parcel.open_envelope(request.envelope)
@@ -113,6 +115,9 @@ def _compile(
             gm, inputs, fake_mode = graph.unpack(content.graph, request.sizes)
         if content.kernels is not None:
             content.kernels.register(gm)
+        if content.frozen:
+            held.put_back(gm, values.load(request.values))
+            del inputs[: content.frozen]
         shapes = fake_mode.shape_env
         known = len(shapes.guards)
         context = fake_tensors.CompileContext(fake_tensors.CompileId.from_string(envelope.compile_id))
@@ -127,6 +132,7 @@ def _compile(
             inductor.serialisable(),
             phases.recorded(),
             tuning.winners_kept(),
+            _frozen_code_serialisable() if content.frozen is not None else contextlib.nullcontext(),
             tuning.in_slices() if inductor.autotunes(options) else contextlib.nullcontext(),
         ):
             compiled: Any = inductor.stock_inductor(gm, inputs, options)
@@ -137,7 +143,9 @@ def _compile(
         del compiled, entry, kernels
         place.note("loading what it had compiled")
         with phases.phase("load once, to try it out"):
-            return load.try_out(packed, state, options), pickle.dumps(late)
+            artifact = load.try_out(packed, state, options)
+        constants = values.save(packed.constants, values.beside(request.values)) if packed.constants else None
+        return artifact, pickle.dumps(late), constants
 
 
 def _advice(failure: BaseException) -> str:
@@ -185,6 +193,17 @@ def _constants_pickled_for_real() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for storage in (torch.UntypedStorage, torch.TypedStorage):
             stack.enter_context(patched(storage, "__reduce__", for_real(storage.__reduce__)))
+        yield
+
+
+@contextlib.contextmanager
+def _frozen_code_serialisable() -> Iterator[None]:
+    """Within the block, code that holds the values of parameters can be serialised, too."""
+    from ..internals import freezing
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in freezing.replacements():
+            stack.enter_context(patched(owner, name, value))
         yield
 
 

@@ -14,12 +14,14 @@ class Request(NamedTuple):
         envelope: who asks, from the same call.
         sizes: values of symbols in the graph's shapes, by name; symbols not in it have the traced value.
         submitted: when the program asked, in seconds since the epoch.
+        values: of the tensors that freezing makes constants, as `shipping.values.save` returns them.
     """
 
     content: bytes
     envelope: bytes
     sizes: dict[str, int]
     submitted: float
+    values: str | bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Outcome:
             else why it has not, or "" where there is no store.
         phases: of the compile, each with its name and when it began and ended, in seconds since the epoch.
         log: the file in which the worker says what it does; "" where it has none.
+        constants: of the artifact, by name, where they hold values of the program's, as `shipping.values.save`
+            returns them.
     """
 
     artifact: bytes | None
@@ -54,3 +58,4 @@ class Outcome:
     store: str = ""
     phases: tuple[tuple[str, float, float], ...] = ()
     log: str = ""
+    constants: str | bytes | None = None

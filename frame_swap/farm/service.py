@@ -25,17 +25,22 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
+import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from .. import settings
 from ..artifacts import load
 from ..errors import first_line
 from ..internals import dynamo, probe
 from ..runtime import forks, machine
+from ..shipping import values
 from ..shipping.parcel import Parcel
 from .compile import compile_graph
 from .local.pool import busy
@@ -90,6 +95,12 @@ class Job:
         time.sleep(self._delay)
         outcome, self._future = _outcome(self._future), Future()  # the old one leads to the artifact's bytes
         return outcome
+
+    def file(self) -> Path:
+        """A path in a folder of this job's, which goes with it."""
+        folder = tempfile.mkdtemp(prefix="frame-swap-values-")  # 0700
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder, "values")
 
     def _hold_back(self, finish: Callable[[], None]) -> None:
         """Call `finish` when the delay is over."""
@@ -182,10 +193,15 @@ class Service:
         self._asked += 1
         job = Job(deliver, settings.current().delay)
         request = Request(parcel.content, parcel.envelope, sizes or {}, time.time())
-        compile_parcel = functools.partial(compile_graph, request)
         executor, patience = settings.current().executor, settings.current().job_timeout
 
         def start() -> Future[Outcome]:
+            sent = request
+            if parcel.frozen:
+                sent = request._replace(
+                    values=values.save(list(parcel.held), job.file() if executor is None else None)
+                )
+            compile_parcel = functools.partial(compile_graph, sent)
             if executor is not None:
                 return executor.submit(compile_parcel)
             return workers.submit(compile_parcel, lambda: job.wanted, demand)

@@ -18,6 +18,7 @@ with names_looked_up():
     from torch._dynamo.convert_frame import compile_lock, output_codes, register_bytecode_hook
     from torch._dynamo.exc import TorchDynamoException
     from torch._dynamo.guards import DeletedGuardManagerWrapper
+    from torch._dynamo.source import ConstantSource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.types import FrameAction, FrameExecStrategy  # type: ignore[attr-defined]
     from torch._dynamo.utils import (
@@ -191,7 +192,8 @@ def wraps_numpy(target: object) -> bool:
 def mark_as_captured(gm: torch.fx.GraphModule) -> None:
     """Mark `gm` as captured by Dynamo. AOTAutograd treats no input of another graph as static."""
     gm.meta["dynamo_compile_id"] = None
-    gm._param_name_to_source = {}  # type: ignore[assignment]
+    held = (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
+    gm._param_name_to_source = {name: ConstantSource(name) for name, _ in held}  # type: ignore[assignment]
     for node in gm.graph.find_nodes(op="placeholder"):
         node._dynamo_source = None
 

@@ -55,6 +55,7 @@ __all__ = [
     "set_view_replay_enabled",
     "storage_id",
     "thread_local",
+    "times_changed",
     "unsafe_view",
 ]
 
@@ -90,6 +91,11 @@ def accumulates(node: Any) -> bool:
 def sequence_number(node: Any) -> int:
     """A number that grows from each node of autograd's to the next one that its thread makes."""
     return int(node._sequence_nr())
+
+
+def times_changed(tensor: torch.Tensor) -> int:
+    """How often `tensor` was changed in place; 0 for one from inference mode, where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:

@@ -201,7 +201,6 @@ class Trampoline:
                         call_current,
                         lambda *args: self._call_compiled(offer.served, args),
                         self.eager,
-                        offer.served.compiled.call,
                     )
                     try:
                         return trial.call(sides, args)

@@ -19,8 +19,16 @@ Settings = Mapping[str, Mapping[str, Any]]
 """Settings by name, by the name of their config."""
 
 
-def why_not(inputs: Iterable[Any], settings: Settings, audience: Audience, definitions: Definitions | None) -> str:
-    """Why the result must not be kept; "" where it may be."""
+def why_not(
+    inputs: Iterable[Any], settings: Settings, audience: Audience, definitions: Definitions | None, *, frozen: bool
+) -> str:
+    """Why the result must not be kept; "" where it may be.
+
+    Args:
+        frozen: whether the values of parameters are part of it.
+    """
+    if frozen:
+        return "freezing makes values part of the code, and no key holds them"
     if audience.reads_code:
         return "somebody reads graphs or generated code, which come from a compile"
     if settings.get("inductor", {}).get("trace.enabled") or settings.get("options", {}).get("trace.enabled"):

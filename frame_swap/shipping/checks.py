@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from ..errors import Unshippable, first_line
 from ..internals import aot, dispatcher
 from . import operators
+from .held import attribute
 
 _COLLECTIVE = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "symm_mem")
 """dispatcher.Namespaces of operators that communicate with other processes of the program."""
@@ -30,11 +31,9 @@ def check_graph(gm: GraphModule) -> list[dispatcher.OpOverload]:
     for module in gm.modules():
         if not isinstance(module, GraphModule):
             continue  # a container of graphs; a module that is called is refused below
-        if _has_tensors(module):
-            raise Unshippable("the graph holds parameters or buffers instead of taking them as inputs")
         for node in module.graph.nodes:
-            if node.op == "get_attr" and isinstance(_attribute(module, node.target), torch.Tensor):
-                raise Unshippable(f"the graph holds a tensor of its own: {node.target}")
+            if node.op == "get_attr" and isinstance(attribute(module, node.target), torch.Tensor):
+                raise Unshippable(f"a graph within the graph holds a tensor: {node.target}")
             if node.op == "call_module" and not isinstance(module.get_submodule(node.target), GraphModule):
                 raise Unshippable(f"the graph calls a module: {node.target}")
             if isinstance(node.target, (dispatcher.OpOverload, dispatcher.OpOverloadPacket)):
@@ -55,8 +54,6 @@ def check_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
         Unshippable: with the reason.
     """
     for config, values in settings.items():
-        if config in ("inductor", "options") and values.get("freezing"):
-            raise Unshippable("freezing bakes the parameters' values into the code")
         for name, value in values.items():
             try:
                 pickle.dumps(value)
@@ -78,15 +75,3 @@ def check_subclass(cls: type) -> None:
         found = getattr(found, part, None)
     if found is not cls:
         raise Unshippable(f"an input is a tensor subclass that a worker cannot import: {name}")
-
-
-def _has_tensors(module: torch.nn.Module) -> bool:
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return bool(own)
-
-
-def _attribute(module: torch.nn.Module, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..errors import Unshippable
 from ..internals import dispatcher, dynamo, eager, fake_tensors
 from .checks import check_subclass
+from .held import STATIC
 
 _TARGET = "frame_swap_target"
 """Key in a node's metadata for a target that is an object: the graph's own pickler knows targets by name only."""
@@ -115,9 +116,9 @@ def bare_copy(gm: GraphModule, inputs: Iterable[Any] | None = None, *, with_line
             new.meta[_TARGET], new.target = old.target, torch.add
         if old.op == "placeholder" and inputs is not None:
             new.meta["example_value"] = next(values)
-            kind = old.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+            kind = old.meta.get("tensor_dict", {}).get(STATIC)
             if kind is not None:
-                new.meta["tensor_dict"] = {"_dynamo_static_input_type": kind}
+                new.meta["tensor_dict"] = {STATIC: kind}
     bare = GraphModule(gm, graph)
     for name, child in bare.named_children():
         if isinstance(child, GraphModule):

@@ -22,13 +22,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.fx import GraphModule
 
 from ..errors import Unshippable, first_line
 from ..internals import fake_tensors, inductor
 from ..runtime.identity import this_machine, this_process
 from ..runtime.patching import patched_environment
-from . import cacheable, graph, operators, triton_kernels
+from . import cacheable, graph, held, operators, triton_kernels
 from .checks import check_graph, check_settings
 from .echo import Audience
 from .operators import Definitions
@@ -42,6 +43,8 @@ class Parcel(NamedTuple):
     Attributes:
         digest: of the content: SHA-256, in hexadecimal digits.
         uncacheable: why an artifact of it must not be kept for another process; "" where it may be.
+        held: the tensors that the graph holds. Compiled code takes them as its first inputs.
+        frozen: whether a worker needs their values, to make them constants of its code.
     """
 
     content: bytes
@@ -50,6 +53,8 @@ class Parcel(NamedTuple):
     options: dict[str, Any]
     digest: str
     uncacheable: str = ""
+    held: tuple[Tensor, ...] = ()
+    frozen: bool = False
 
     def loading(self) -> bytes:
         """What loading the artifact takes besides, pickled: the process state, and changes of Inductor's config."""
@@ -68,6 +73,8 @@ class Content(NamedTuple):
     Attributes:
         constant_floats: symbols of the graph's shapes whose floats Dynamo has made constant.
         custom_uuids: of settings that are code of the program's. For the digest only; a worker does not read them.
+        frozen: how many of the inputs, from the first on, become constants with their values; None: Inductor does
+            not freeze.
     """
 
     graph: bytes
@@ -77,6 +84,7 @@ class Content(NamedTuple):
     kernels: Kernels | None
     constant_floats: tuple[str, ...]
     custom_uuids: tuple[str, ...]
+    frozen: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +150,8 @@ def pack(
         Unshippable: with the reason.
     """
     try:
+        gm, tensors = held.lift(gm)
+        example_inputs = [*tensors, *example_inputs]
         custom = check_graph(gm)
         inputs = [graph.fake_input(x) for x in example_inputs]
         state = ProcessState.capture(graph.devices(gm, inputs))
@@ -154,19 +164,29 @@ def pack(
         kernels = triton_kernels.detach(bare)
         packed = graph.pack(bare, inputs)
         floats, uuids = fake_tensors.constant_floats(), cacheable.custom_uuids(settings)
-        content = _stable_pickle(Content(packed, state, settings["options"], definitions, kernels, floats, uuids))
+        frozen = len(tensors) if _freezes(state, settings["options"]) else None
+        content = _stable_pickle(
+            Content(packed, state, settings["options"], definitions, kernels, floats, uuids, frozen)
+        )
         return Parcel(
             content,
             pickle.dumps(Envelope.capture(audience, compile_id)),
             state,
             settings["options"],
             hashlib.sha256(content).hexdigest(),
-            cacheable.why_not(example_inputs, settings, audience, definitions),
+            cacheable.why_not(example_inputs, settings, audience, definitions, frozen=frozen is not None),
+            tensors,
+            frozen is not None,
         )
     except Unshippable:
         raise
     except Exception as error:
         raise Unshippable(f"the graph cannot be pickled: {first_line(error)}") from error
+
+
+def _freezes(state: ProcessState, options: dict[str, Any]) -> bool:
+    """Whether Inductor makes the values of parameters constants; it does so only where nothing needs gradients."""
+    return bool({**state.configs["inductor"], **options}.get("freezing")) and not state.grad
 
 
 def repacked(content: bytes) -> Parcel:

@@ -163,7 +163,7 @@ def _see(
     why = why_pair(gm, example_inputs)
     one = dataclasses.replace(
         one,
-        shipped_bytes=len(packed.content),
+        shipped_bytes=len(packed.content) + sum(tensor.nbytes for tensor in packed.held if packed.frozen),
         eager="graph" if wished.first == "graph" and why is None else "pair",
         eager_reason=why.reason if why is not None and wished.first == "graph" else "",
         store=_kept(packed, wished),

@@ -155,7 +155,7 @@ class Clock:
 
 def judge(current: list[float], compiled: list[float]) -> Measurement:
     clock = Clock()
-    sides = Sides(*(clock.taking(seconds) for seconds in (current, compiled, [], [])))
+    sides = Sides(*(clock.taking(seconds) for seconds in (current, compiled, [])))
     measurement = Measurement(lambda: True, clock)
     while measurement.verdict is None:
         measurement.call(sides, [torch.zeros(1)])
@@ -191,7 +191,7 @@ def test_what_is_disturbed_is_not_timed() -> None:
     quiet = iter([False] * 30)
     measurement = Measurement(lambda: next(quiet, True), clock)
     for _ in range(30):
-        measurement.call(Sides(fast, slow, fast, slow), [torch.zeros(1)])
+        measurement.call(Sides(fast, slow, fast), [torch.zeros(1)])
     assert not any(measurement._samples.values())
     assert measurement.verdict is None
 
@@ -204,7 +204,7 @@ def test_a_backward_of_a_part_is_not_the_beginning_of_one_of_the_whole() -> None
         return (a * 2 + b * 3,)  # the node of `a * 2` is made first, and runs last
 
     measurement = Measurement(lambda: True, clock)
-    (out,) = measurement.call(Sides(run, run, run, run), [a, b])
+    (out,) = measurement.call(Sides(run, run, run), [a, b])
     torch.autograd.grad(out, b, retain_graph=True)
     clock.now += 100
     out.backward()

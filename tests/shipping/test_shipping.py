@@ -721,16 +721,6 @@ def test_a_sparse_input_is_left_to_eager_or_stays(device: str) -> None:
     assert {r.state for r in frame_swap.report().regions} <= {State.FOREGROUND}, frame_swap.report()
 
 
-@torch._dynamo.assume_constant_result
-def weights(device: torch.device) -> Tensor:
-    return torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
-
-
-def test_a_tensor_in_the_graph_stays(device: str) -> None:
-    stayed = foreground(lambda compiled: Subject(compiled(lambda x: x * weights(x.device)), [rand]), device)
-    assert stayed.reason == "the graph holds parameters or buffers instead of taking them as inputs"
-
-
 def test_hooks_on_saved_tensors_that_are_graphs_stay() -> None:
     """They become a part of the graph, with stock, too, and then do not do quite the same as in eager."""
     pack = torch.fx.symbolic_trace(lambda x: (x * 16).to(torch.int8))
@@ -764,15 +754,6 @@ def test_collectives_stay() -> None:
     finally:
         dist.destroy_process_group()
     assert stayed.reason == "the graph calls _c10d_functional.all_reduce, and a worker is in no process group"
-
-
-def test_freezing_stays(device: str) -> None:
-    model = nn.Linear(4, 4).eval().to(device)
-
-    def make(compiled: Wrap) -> Subject:
-        return Subject(torch.no_grad()(compiled(model, options={"freezing": True})), [rand])
-
-    assert foreground(make, device).reason == "freezing bakes the parameters' values into the code"
 
 
 def test_options_that_do_not_pickle_stay(device: str) -> None:
