@@ -68,10 +68,15 @@ def test_the_code_of_the_settings_pages_runs(tmp_path: Path) -> None:
     check([sys.executable, "-c", ONE_AFTER_THE_OTHER, *names], tmp_path)
 
 
-RUN = [page for page in pages() if (program(page) or commands(page)) and not is_of_a_setting(page)]
+SLOW = ("recipes/trainer.md",)
+RUN = [
+    pytest.param(page, id=name_of(page), marks=[pytest.mark.long] if name_of(page) in SLOW else [])
+    for page in pages()
+    if (program(page) or commands(page)) and not is_of_a_setting(page)
+]
 
 
-@pytest.mark.parametrize("page", RUN, ids=name_of)
+@pytest.mark.parametrize("page", RUN)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     for package in NEEDS.get(name_of(page), ()):
         pytest.importorskip(package, reason=f"the page shows {package}")

@@ -292,7 +292,8 @@ def test_an_interrupt_anywhere_in_an_install_leaves_a_frame_that_works() -> None
     assert at > 30
 
 
-def test_an_interrupt_anywhere_in_a_capture_leaves_nothing_pending() -> None:
+def test_an_interrupt_anywhere_in_a_capture_leaves_nothing_pending(pytestconfig: pytest.Config) -> None:
+    """At each point with --long, else at each third."""
     files = (
         "/backend.py",
         "/delivery.py",
@@ -302,7 +303,7 @@ def test_an_interrupt_anywhere_in_a_capture_leaves_nothing_pending() -> None:
         "/service.py",
         "/call_site.py",
     )
-    for at in itertools.count():
+    for at in itertools.count(step=1 if pytestconfig.getoption("--long") else 3):
         torch._dynamo.reset()
         program = Program()
         frame_swap.configure(executor=Silent())

@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-SLOW = ("gpt2", "vit", "inference", "a conditional", "floats that change", "our_own", "opt_in")
+SLOW = ("bert", "gpt2", "vit", "inference", "a conditional", "floats that change", "our_own", "opt_in")
 """In the names of programs that take what others take, too, and are run with --long."""
 
 NAMES = [
