@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import settings
+from . import kept_frames, settings
 from .artifacts import load
 from .capture import callback
 from .checking.comparison import copy_of_graph
@@ -107,6 +107,7 @@ def _start(
             autotuned=changes if tiers else None,
         )
         inductor.prepare_cudagraphs(changes)
+        kept_frames.graph_captured(gm.meta.get("backend_id"), order, why.reason if why is not None else "")
         delivery = Delivery(order, record.attempts[0])
         found = delivery.find() if wished.when != "manual" else None
         if found is None and not needs_pair:
@@ -188,4 +189,4 @@ def _unsupported() -> bool:
     return False
 
 
-callback.install(frame_swap_backend)
+callback.install(frame_swap_backend, kept_frames.Keeper())

@@ -14,6 +14,10 @@ class Unshippable(Exception):
     """This graph cannot be compiled in another process; the message says why, for the report."""
 
 
+class Unkeepable(Exception):
+    """What Dynamo has made of a frame is of no use to another process; the message says why."""
+
+
 class UnusableArtifact(Exception):
     """An artifact is not for this process; the message says why, and what to do."""
 

@@ -220,6 +220,14 @@ class Settings:
         _is_store,
         str,
     )
+    keep_frames: bool = _setting(
+        False,
+        """Whether Dynamo's code and guards of a frame are kept in the store, too (experimental; on a CPU, from
+        torch 2.13 on). The next run makes the guards again from its own values, and traces the frame only where
+        one of them sees something else, or where the code of a function that was traced has changed.""",
+        _is_switch,
+        _parse_switch,
+    )
     store_limit: float = _setting(
         5.0,
         """The most gigabytes (10^9 bytes) that the store takes. What was not used for longest is removed first.""",

@@ -8,9 +8,10 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from .. import settings
 from ..internals import beside, dynamo
@@ -40,7 +41,12 @@ class Callback(dynamos.CatchErrorsWrapper):
             log.exception("frame-swap: a mistake in frame-swap; the call captures its frame, as without it")
         if at_once:
             return super().__call__(frame, cache_entry, frame_state)
-        with thread.held():  # or the call would wait for Dynamo's lock
+        with contextlib.ExitStack() as stack:
+            if (keeper := _keeper()) is not None:
+                if (answer := keeper.restored(self, frame, frame_state)) is not None:
+                    return answer
+                stack.enter_context(keeper.keeping(self, frame))
+            stack.enter_context(thread.held())  # or the call would wait for Dynamo's lock
             result = super().__call__(frame, cache_entry, frame_state)
         if captures is not None and result.guarded_code is not None:
             captures.captured_in_a_call()
@@ -89,7 +95,26 @@ def _is_wanted() -> bool:
     return now.capture == "background" and now.when != "wait" and not settings.disabled()
 
 
-def install(backend: Callable[..., Any]) -> None:
+class Keeper(Protocol):
+    """Keeps what Dynamo has made of frames for the program's next run."""
+
+    def restored(self, callback: Any, frame: Any, frame_state: dict[Any, Any]) -> Any | None:
+        """The answer about `frame`, where an earlier run has left one that fits; else None. Raises nothing."""
+
+    def keeping(self, callback: Any, frame: Any) -> contextlib.AbstractContextManager[None]:
+        """Within the block Dynamo traces `frame`, which is kept for the next run if it can be."""
+
+
+_known_keeper: Keeper | None = None
+
+
+def _keeper() -> Keeper | None:
+    return _known_keeper if settings.current().keep_frames and not settings.disabled() else None
+
+
+def install(backend: Callable[..., Any], keeper: Keeper) -> None:
     """Have Dynamo ask `Callback` about the frames of `backend`, from the next `torch.compile` on, if it can."""
+    global _known_keeper
     if beside.is_possible():
+        _known_keeper = keeper
         dynamos.replace_callback(Callback, backend)

@@ -213,6 +213,17 @@ def _register_hook() -> None:
     dynamo.register_bytecode_hook(_on_generated_code)
 
 
+def bound(code: CodeType, generated: CodeType) -> CodeType:
+    """Dynamo's code for a frame of `code`, with what its sites call in place of the globals.
+
+    Raises:
+        Indirect: it calls none of them.
+    """
+    if (first := _on_generated_code(code, generated)) is None:
+        raise Indirect("its frame calls it through a wrapper")
+    return first
+
+
 def _on_generated_code(code: CodeType, new_code: CodeType) -> CodeType | None:
     named = {name: site for name in new_code.co_names if (site := _expected.pop(name, None)) is not None}
     sites = {name: site for name, site in named.items() if site.holds_callee()}

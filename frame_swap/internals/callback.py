@@ -55,11 +55,13 @@ except ImportError:  # before torch 2.13
 
 __all__ = [
     "CatchErrorsWrapper",
+    "arguments_of_backend",
     "copied",
     "decides_at_once",
     "disabled",
     "expect_resets",
     "fits_an_entry",
+    "has_accelerator",
     "has_names",
     "is_called_disabled",
     "is_for",
@@ -91,6 +93,12 @@ def is_for(callback: Any, backend: Callable[..., Any]) -> bool:
         wrapped = (getattr(inner, name, None) for name in ("compiler_fn", "func", "__wrapped__"))
         inner = next(filter(None, wrapped), None)
     return False
+
+
+def arguments_of_backend(callback: Any) -> dict[str, Any]:
+    """What `torch.compile` was told for the backend: `dynamic`, `mode` and `options`."""
+    wrapper: Any = dynamos_eval_frame.innermost_backend(callback)
+    return {"dynamic": getattr(wrapper, "dynamic", None), **getattr(wrapper, "kwargs", {})}
 
 
 def decides_at_once(frame: Any) -> bool:
@@ -140,9 +148,12 @@ def reason_for_the_call(callback: CatchErrorsWrapper) -> str | None:
         return "hooks on saved tensors"
     if _is_tracing() or symbolic_trace.is_fx_symbolic_tracing() or TracingContext.try_get() is not None:
         return "a trace"
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return "an accelerator"
-    return None
+    return "an accelerator" if has_accelerator() else None
+
+
+def has_accelerator() -> bool:
+    """Whether the program uses one."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def is_called_disabled(depth: int) -> bool:

@@ -15,6 +15,7 @@ with names_looked_up():
     import torch._dynamo
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
     from torch._C._dynamo.eval_frame import reset_code, set_code_exec_strategy
+    from torch._dynamo import convert_frame
     from torch._dynamo.convert_frame import compile_lock, output_codes, register_bytecode_hook
     from torch._dynamo.exc import TorchDynamoException
     from torch._dynamo.guards import DeletedGuardManagerWrapper
@@ -47,6 +48,7 @@ __all__ = [
     "counters",
     "forget_entries",
     "mark_as_captured",
+    "next_compile_id",
     "recompile_limit",
     "register_bytecode_hook",
     "renew_compile_lock",
@@ -114,6 +116,11 @@ def began_to_trace() -> float | None:
     """When Dynamo began to trace this thread's frame, in seconds since the epoch; None where it traces none."""
     metrics = get_metrics_context()
     return metrics._start_time_ns / 1e9 if metrics.in_progress() else None
+
+
+def next_compile_id(frame_state: dict[Any, Any]) -> Any:
+    """The compile id for the next capture of a frame."""
+    return convert_frame.get_compile_id(frame_state)
 
 
 def recompile_limit() -> int:

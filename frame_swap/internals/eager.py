@@ -15,6 +15,7 @@ with names_looked_up():
     from torch import _neg_view as neg_view
     from torch._C import _current_graph_task_id as number_of_backward
     from torch._C import _DisableAutocast as no_autocast
+    from torch._C import _dispatch_keys as dispatch_keys
     from torch._C import _get_deterministic_algorithms as deterministic_algorithms
     from torch._C import _get_obj_in_tls as thread_local
     from torch._C import _is_key_in_tls as is_thread_local
@@ -39,6 +40,7 @@ __all__ = [
     "conj",
     "deterministic_algorithms",
     "disable_current_modes",
+    "dispatch_keys",
     "in_double",
     "is_functorch_wrapped_tensor",
     "is_thread_local",

@@ -63,7 +63,7 @@ class Parcel(NamedTuple):
     def with_options(self, options: dict[str, Any]) -> Parcel:
         """The same graph, to be compiled with other changes of Inductor's config, which leave its packing alone."""
         options = dict(sorted(options.items()))
-        content = _stable_pickle(open_content(self.content)._replace(options=options))
+        content = stable_pickle(open_content(self.content)._replace(options=options))
         return self._replace(content=content, options=options, digest=hashlib.sha256(content).hexdigest())
 
 
@@ -165,7 +165,7 @@ def pack(
         packed = graph.pack(bare, inputs)
         floats, uuids = fake_tensors.constant_floats(), cacheable.custom_uuids(settings)
         frozen = len(tensors) if _freezes(state, settings["options"]) else None
-        content = _stable_pickle(
+        content = stable_pickle(
             Content(packed, state, settings["options"], definitions, kernels, floats, uuids, frozen)
         )
         return Parcel(
@@ -208,7 +208,7 @@ def open_envelope(envelope: bytes) -> Envelope:
     return opened
 
 
-def _stable_pickle(value: Any) -> bytes:
+def stable_pickle(value: Any) -> bytes:
     """Bytes that depend on what `value` equals: not on which of its strings are one object, nor on hashes."""
     with io.BytesIO() as stream:
         _Pickler(stream).dump(value)
@@ -224,5 +224,5 @@ class _Pickler(_Python):  # type: ignore[misc]  # the one in C does not ask abou
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) in (set, frozenset):
-            return type(obj), (sorted(obj, key=_stable_pickle),)
+            return type(obj), (sorted(obj, key=stable_pickle),)
         return NotImplemented

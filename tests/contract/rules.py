@@ -36,6 +36,7 @@ LAYERS = (
     ("__init__",),
     ("control", "decorator", "enabling"),
     ("backend",),
+    ("kept_frames",),
     ("delivery",),
     ("serving",),
     ("late_guards", "checking"),

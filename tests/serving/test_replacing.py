@@ -43,7 +43,9 @@ class Orders:
             return compiled
 
         monkeypatch.setattr(delivery.Delivery, "__init__", noting)
-        monkeypatch.setattr(delivery.Delivery, "_trials", lambda self_: iter([*trials(self_), *self.trials]))
+        monkeypatch.setattr(
+            delivery.Delivery, "_trials", lambda self_, compiled: iter([*trials(self_, compiled), *self.trials])
+        )
         monkeypatch.setattr(load, "load", load_noting)
 
     def better(self) -> Attempt:

@@ -42,7 +42,7 @@ def key_of(parcel: Parcel, sizes: Mapping[str, int] | None = None) -> str:
     Args:
         sizes: of symbols in the graph's shapes, where they differ from those it was traced with.
     """
-    depends_on = {**_installation(), "C++ compilers": _compilers()}
+    depends_on = {**installation(), "C++ compilers": _compilers()}
     depends_on |= {"content": parcel.digest, "sizes": dict(sizes or {})}
     if "cuda" in parcel.state.autocast:  # it has an entry for the type of each device that an input is on
         depends_on["GPU"] = _gpu()
@@ -50,7 +50,7 @@ def key_of(parcel: Parcel, sizes: Mapping[str, int] | None = None) -> str:
 
 
 @functools.cache
-def _installation() -> dict[str, Any]:
+def installation() -> dict[str, Any]:
     """What is the same for all graphs of this process."""
     return {
         **made_for(),
