@@ -4,9 +4,9 @@
 
 For each arm that keeps something one process fills its caches; then the arms' second processes run in turn, each
 with the caches of its arm. Each builds the model and makes one eager step, so that starting the libraries is not
-measured. Then it starts the clock, calls `torch.compile`, and makes a first step. The arm "imported" imports what
-loading compiled code needs before the clock starts. At last so many processes start at once with an empty store;
-their compiles are counted. Writes a JSON file and a picture; prints the ratios.
+measured. Then it starts the clock, calls `torch.compile`, and makes a first step. The arms "imported" import what
+loading compiled code needs before the clock starts; the arms "frames" set `keep_frames`. At last so many processes
+start at once with an empty store; their compiles are counted. Writes a JSON file and a picture; prints the ratios.
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ class Arm(NamedTuple):
     imported: bool = False
 
 
+_FRAMES = {"FRAME_SWAP_KEEP_FRAMES": "1"}
+
 ARMS = {
     "dynamo": Arm("eager", filled=False),
     "inductor": Arm("inductor", filled=True),
     "precompile": Arm("inductor", filled=True, environment={"TORCH_CACHING_PRECOMPILE": "1"}),
     "frame_swap": Arm("frame_swap", filled=True),
     "frame_swap_imported": Arm("frame_swap", filled=True, imported=True),
+    "frame_swap_frames": Arm("frame_swap", filled=True, environment=_FRAMES),
+    "frame_swap_frames_imported": Arm("frame_swap", filled=True, environment=_FRAMES, imported=True),
 }
 LABELS = {
     "dynamo": "Dynamo alone",
@@ -53,8 +57,10 @@ LABELS = {
     "precompile": "stock, caching_precompile",
     "frame_swap": "frame_swap",
     "frame_swap_imported": "frame_swap, Inductor imported before",
+    "frame_swap_frames": "frame_swap, frames kept",
+    "frame_swap_frames_imported": "frame_swap, frames kept, Inductor imported before",
 }
-OURS = ("frame_swap", "frame_swap_imported")
+OURS = tuple(arm for arm, about in ARMS.items() if about.backend == "frame_swap")
 
 
 def run_arm(arm: str, model: str, train: bool) -> Run:
@@ -122,7 +128,7 @@ def draw(figures: dict[str, list[float]], title: str) -> Figure:
     figure = Figure(figsize=(7, 0.55 * len(figures) + 1.3), layout="constrained")
     axes = figure.subplots()
     names = list(figures)[::-1]
-    colours = [output.COLOURS[name.removesuffix("_imported")] for name in names]
+    colours = [output.COLOURS["frame_swap" if name in OURS else name] for name in names]
     axes.barh([LABELS[name] for name in names], [statistics.median(figures[name]) for name in names], color=colours)
     for name in names:
         axes.plot(figures[name], [LABELS[name]] * len(figures[name]), ".", color="black", markersize=3)

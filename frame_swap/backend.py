@@ -107,7 +107,7 @@ def _start(
             autotuned=changes if tiers else None,
         )
         inductor.prepare_cudagraphs(changes)
-        kept_frames.graph_captured(gm.meta.get("backend_id"), order, why.reason if why is not None else "")
+        kept_frames.graph_captured(gm, order, why.reason if why is not None else "")
         delivery = Delivery(order, record.attempts[0])
         found = delivery.find() if wished.when != "manual" else None
         if found is None and not needs_pair:

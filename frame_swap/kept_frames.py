@@ -49,6 +49,7 @@ from .region import Record
 from .serving.eager import serve_graph
 from .serving.trampoline import Trampoline
 from .shipping import graph, parcel
+from .shipping.echo import Audience
 from .shipping.process_state import ProcessState
 
 log = logging.getLogger(__name__)
@@ -64,11 +65,13 @@ class Graph(NamedTuple):
         content: of its parcel.
         size: in nodes.
         repeatable: as in `Order`.
+        whole: whether the frame does nothing else that Dynamo would capture.
     """
 
     content: bytes
     size: int
     repeatable: bool
+    whole: bool
 
 
 class Kept(NamedTuple):
@@ -101,19 +104,22 @@ class _Capture(threading.local):
 _capture = _Capture()
 
 
-def graph_captured(name: str | None, order: Order, why_not: str) -> None:
-    """Dynamo has captured a graph, which its code will call by this name.
+def graph_captured(gm: torch.fx.GraphModule, order: Order, why_not: str) -> None:
+    """Dynamo has captured a graph.
 
     Args:
         why_not: why the frame must not be kept; "" where nothing is known against it.
     """
+    name = gm.meta.get("backend_id")
     if _capture.graphs is None or name is None:
         return
     packed = order.parcel
     why_not = why_not or packed.uncacheable
     if packed.held or order.autotuned is not None or parcel.open_content(packed.content).kernels is not None:
         why_not = why_not or "its graph holds tensors or Triton kernels, or is to be autotuned"
-    _capture.graphs[name] = why_not or Graph(packed.content, order.size, order.repeatable)
+    _capture.graphs[name] = why_not or Graph(
+        packed.content, order.size, order.repeatable, dynamo.captured_whole(gm)
+    )
 
 
 class Keeper:
@@ -278,7 +284,7 @@ def _code(
     with record.captured():
         trampoline = Trampoline(record, _unpacked_when_called(kept.graph.content), wished.when)
         name = f"{kept.callee}_{next(_numbers)}"
-        trampoline.site = call_site.CallSite(name, frame.f_globals, trampoline, whole=True)
+        trampoline.site = call_site.CallSite(name, frame.f_globals, trampoline, kept.graph.whole)
         made.callback(guard_state.install_global(frame.f_globals, name, trampoline))
         code = call_site.bound(frame.f_code, guard_state.unpacked_code(kept.code, {kept.callee: name}))
         Delivery(order, record.attempts[0]).arrived(found, frame_open=True)
@@ -304,7 +310,7 @@ def _place(callback: Any, frame: Any) -> tuple[Store, str] | None:
     wished = settings.current()
     if wished.when not in ("ready", "wait") or wished.verify or dynamos.reason_for_the_call(callback) is not None:
         return None
-    if _of_this_process():
+    if _of_this_process() or Audience.capture().reads_code:  # generated code comes from a compile
         return None
     if dynamos.skip(frame) is not None or (store := chosen.store(wished)) is None:
         return None

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -185,12 +186,13 @@ def main() -> None:
     calls = PROGRAMS[sys.argv[1]]()
     results = [[digest(call()) for call in calls]]
     first = frame_swap.report().as_dict()["regions"]
-    started, traced = len(workers.pids()), traces
+    started, traced, captured = len(workers.pids()), traces, counters["stats"]["unique_graphs"]
     frame_swap.wait()
     results.append([digest(call()) for call in calls])
     frame_swap.wait()
     last = frame_swap.report().as_dict()["regions"]
-    print(json.dumps({"first": first, "workers": started, "traces": traced, "results": results, "last": last}))
+    told = {"first": first, "workers": started, "traces": traced, "captures": captured}
+    print(json.dumps({**told, "results": results, "last": last}))
 
 
 if __name__ == "__main__":

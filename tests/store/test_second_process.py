@@ -64,6 +64,21 @@ def test_the_second_process_runs_what_the_first_has_compiled(run: Run, name: str
     assert warm["results"][0] == warm["results"][1] == cold["results"][1]
 
 
+FRAMES = [
+    pytest.param(name, marks=[] if name in ("the demo", "operators") else [pytest.mark.long])
+    for name in PROGRAMS
+    if name not in ("graph breaks", "dynamic shapes and late guards", "floats that change", "a conditional")
+]
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_with_its_frames_kept_the_second_process_traces_nothing(run: Run, name: str) -> None:
+    cold, warm = (run(name, FRAME_SWAP_KEEP_FRAMES="1") for _ in range(2))
+    assert (cold["captures"], warm["captures"], warm["traces"], warm["workers"]) == (1, 0, 0, 0)
+    assert [(region["state"], region["store"]) for region in warm["first"]] == [("installed", "found")]
+    assert warm["results"][0] == warm["results"][1] == cold["results"][1]
+
+
 def test_without_a_store_both_processes_compile(run: Run) -> None:
     """What the assertions above would see if nothing were kept."""
     for _ in range(2):

@@ -128,10 +128,14 @@ class Disk:
 
     def note(self, name: str) -> bytes | None:
         """What `keep_note` was given last for this name, of hexadecimal digits."""
+        path = os.path.join(self.folder, name + NOTE)
         try:
-            return _read(os.path.join(self.folder, name + NOTE))
+            found = _read(path)
         except (OSError, UnusableArtifact):
             return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return found
 
     def keep_note(self, name: str, note: bytes) -> None:
         """Keep something small beside the artifacts, if it can be done; where `note` is empty, nothing."""
