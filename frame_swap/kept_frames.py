@@ -21,10 +21,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
 import itertools
 import logging
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import CodeType, ModuleType
@@ -114,12 +114,20 @@ def graph_captured(gm: torch.fx.GraphModule, order: Order, why_not: str) -> None
     if _capture.graphs is None or name is None:
         return
     packed = order.parcel
-    why_not = why_not or packed.uncacheable
-    if packed.held or order.autotuned is not None or parcel.open_content(packed.content).kernels is not None:
-        why_not = why_not or "its graph holds tensors or Triton kernels, or is to be autotuned"
-    _capture.graphs[name] = why_not or Graph(
-        packed.content, order.size, order.repeatable, dynamo.captured_whole(gm)
-    )
+    kept = Graph(packed.content, order.size, order.repeatable, dynamo.captured_whole(gm))
+    _capture.graphs[name] = why_not or packed.uncacheable or _why_not(order) or kept
+
+
+def _why_not(order: Order) -> str:
+    """Why a graph must not be kept: it depends on what no guard of its frame sees."""
+    content = parcel.open_content(order.parcel.content)
+    if content.definitions is not None or content.kernels is not None:
+        return "its graph calls custom operators, or Triton kernels of the program's"
+    if content.custom_uuids:
+        return "passes of the program's take part in its compile"
+    if order.parcel.held:
+        return "its graph holds tensors"
+    return "" if order.autotuned is None else "autotuned code is to follow"
 
 
 class Keeper:
@@ -214,7 +222,7 @@ def _found_by_name(value: Any) -> identity.Description:
 
 def _object(description: identity.Description) -> Any:
     kind, module, *path = description
-    found: Any = importlib.import_module(module)
+    found: Any = sys.modules[module]
     if kind == "class":
         for name in path[0].split("."):
             found = getattr(found, name, None)
@@ -237,16 +245,16 @@ def _restored(kept: Kept, frame: Any, frame_state: dict[Any, Any]) -> Any | None
     if found is None:
         return None
     with contextlib.ExitStack() as made:  # globals, which go unless all comes to a good end
-        guard_state.import_modules(kept.state, scope)
-        for alias, description in kept.installed.items():
-            value = _object(description)
-            if identity.identity(value) != description or scope.get(alias, value) is not value:
-                return None
-            if alias not in scope:
-                made.callback(guard_state.install_global(scope, alias, value))
         try:
+            guard_state.find_modules(kept.state, scope)
+            for alias, description in kept.installed.items():
+                value = _object(description)
+                if identity.identity(value) != description or scope.get(alias, value) is not value:
+                    raise Unkeepable(f"{description[1]} is another one")
+                if alias not in scope:
+                    made.callback(guard_state.install_global(scope, alias, value))
             seen = facts.of(guard_state.guarded(kept.state, frame.f_locals, scope))
-        except Exception as error:  # of whatever kind, where a guard's value is missing
+        except Exception as error:  # of whatever kind, where a module or a guard's value is missing
             log.info("frame-swap: %s is traced: %s", name, first_line(error))
             return None
         if seen != kept.facts:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import io
 import pickle
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -243,10 +243,14 @@ def unpacked_code(packed: Any, renamed: Mapping[str, str]) -> CodeType:
 # --- Where they are made again ---
 
 
-def import_modules(state: GuardState, scope: dict[str, Any]) -> None:
-    """Give Dynamo's code the globals in which it looks for modules and builtins."""
+def find_modules(state: GuardState, scope: dict[str, Any]) -> None:
+    """Give Dynamo's code the globals in which it looks for modules and builtins.
+
+    Raises:
+        KeyError: the program has not imported one of them.
+    """
     for alias, module in state.imports.items():
-        scope.setdefault(alias, importlib.import_module(module))
+        scope.setdefault(alias, sys.modules[module])
     if state.builtins is not None:
         _names_are_used_up(state.builtins)
         scope.setdefault(state.builtins, get_builtins_dict(scope))

@@ -103,6 +103,22 @@ def keep(target: Any, *args: Any) -> None:
     frame_swap.wait()
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that has the frame of a model, and its artifact. Take a copy."""
+    folder = tmp_path_factory.mktemp("filled")
+    frame_swap.configure(keep_frames=True, store=str(folder))
+    keep(made(), X)
+    return folder
+
+
+@pytest.fixture
+def kept(filled: Path, store: Path) -> None:
+    """The test's store is such a copy."""
+    shutil.copytree(filled, store, dirs_exist_ok=True)
+    frame_swap.configure(keep_frames=True, store=str(store))
+
+
 # What is spared
 
 
@@ -254,8 +270,9 @@ WORLD = [
 
 
 @pytest.mark.parametrize("change", WORLD, ids=lambda change: change.__name__)
-def test_a_change_of_the_world_is_seen(change: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
-    keep(made(), X)
+def test_a_change_of_the_world_is_seen(
+    kept: None, change: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> None:
     with change():
         model = made()
         value, traced = called(model, X)
@@ -317,8 +334,7 @@ MODELS = [
 
 
 @pytest.mark.parametrize("change", MODELS, ids=lambda change: change.__name__)
-def test_a_change_of_the_model_is_seen(change: Callable[[Model], None]) -> None:
-    keep(made(), X)
+def test_a_change_of_the_model_is_seen(kept: None, change: Callable[[Model], None]) -> None:
     model = made()
     change(model)
     value, traced = called(model, X)
@@ -353,6 +369,16 @@ def test_a_function_with_other_values_in_its_cells_is_traced() -> None:
 # What is not kept, and what is damaged
 
 
+@torch.library.custom_op("kept_frames::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@doubled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 READ = {"answer": 2.0}
 
 
@@ -373,9 +399,10 @@ def breaks(x: Tensor) -> Tensor:
         (lambda x: x * x.shape[0], {"dynamic": True}),
         (breaks, {}),
         (lambda x: x * assumed(), {}),
+        (lambda x: doubled(x).sin(), {}),
         (scaled, {"fullgraph": True}),
     ],
-    ids=["sizes that change", "a graph break", "an assumed constant", "fullgraph"],
+    ids=["sizes that change", "a graph break", "an assumed constant", "a custom operator", "fullgraph"],
 )
 def test_what_is_not_kept_is_traced_each_time(target: Any, keywords: dict[str, Any]) -> None:
     for _ in range(2):

@@ -64,10 +64,13 @@ def test_the_second_process_runs_what_the_first_has_compiled(run: Run, name: str
     assert warm["results"][0] == warm["results"][1] == cold["results"][1]
 
 
+TRACED = ("graph breaks", "dynamic shapes and late guards", "operators", "floats that change", "a conditional")
+"""Programs whose frames are traced in each run."""
+
 FRAMES = [
-    pytest.param(name, marks=[] if name in ("the demo", "operators") else [pytest.mark.long])
+    pytest.param(name, marks=[] if name == "the demo" else [pytest.mark.long])
     for name in PROGRAMS
-    if name not in ("graph breaks", "dynamic shapes and late guards", "floats that change", "a conditional")
+    if name not in TRACED
 ]
 
 
