@@ -215,8 +215,10 @@ class Settings:
     store: str = _setting(
         "on",
         """Where compiled code is kept for the next run of the program, which then runs it from its first call on.
-        "on": below Inductor's cache folder. "off": nowhere, and nothing is taken from earlier runs. Anything else
-        is a folder; "~" stands for the home. `TORCHINDUCTOR_FORCE_DISABLE_CACHES=1` turns it off, too.""",
+        "on": below Inductor's cache folder. "off": nowhere, and nothing is taken from earlier runs. A URL such as
+        "redis://host:6379/0", "s3://bucket/folder" or "file:///folder" is a place that machines share, with this
+        machine's store in front; its entries are signed with the key in `FRAME_SWAP_STORE_KEY`. Anything else is a
+        folder; "~" stands for the home. `TORCHINDUCTOR_FORCE_DISABLE_CACHES=1` turns it off, too.""",
         _is_store,
         str,
     )

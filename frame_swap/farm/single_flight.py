@@ -68,7 +68,7 @@ class SingleFlight:
         """The result of a compile: of one that begins now, or of another process's. It is in the store by then."""
         future: Future[Outcome] = Future()
         deadline = time.monotonic() + wanted.timeout
-        if not self._is_over(wanted, future, deadline):
+        if wanted.place.store.is_far or not self._is_over(wanted, future, deadline):
             with self._lock:
                 if self._thread is None:
                     thread = threading.Thread(target=self._watch, name="frame-swap-store", daemon=True)
@@ -87,6 +87,11 @@ class SingleFlight:
         """Whether there is no need to wait for another process: `future` gets the result, or nobody wants it."""
         if not wanted.still():
             future.cancel()
+            return True
+        wanted.place.store.fetch(wanted.place.key)
+        if wanted.place.store.is_far and (found := find(wanted.place)) is not None:
+            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+                future.set_result(found)
             return True
         with _claiming:
             claim = wanted.place.store.claim(wanted.place.key)
@@ -139,7 +144,6 @@ class SingleFlight:
 
     def _watch(self) -> None:
         while True:
-            time.sleep(PAUSE)
             with self._lock:
                 waiting = list(self._waiting)
                 if not waiting:
@@ -156,6 +160,7 @@ class SingleFlight:
                 if over:
                     with self._lock:
                         self._waiting.remove(one)
+            time.sleep(PAUSE)
 
 
 def _kept(wanted: Wanted, outcome: Outcome) -> Outcome:

@@ -90,6 +90,18 @@ class Disk:
         self._written_since_check = limit  # so that it looks at the first write
         self._numbers = itertools.count()
 
+    is_far = False
+
+    def fetch(self, key: str) -> None:
+        """Nothing: all is here."""
+
+    def read(self, key: str) -> bytes | None:
+        """The file with what is kept under `key`; None where it cannot be read."""
+        try:
+            return _read(self._path(key))
+        except (OSError, UnusableArtifact):
+            return None
+
     def get(self, key: str) -> Entry | None:
         """What is kept under `key`; None where there is nothing that this process can use."""
         path = self._path(key)
@@ -108,7 +120,10 @@ class Disk:
 
     def put(self, key: str, entry: Entry) -> str:
         """Keep `entry` under `key`; returns why it could not be done, or ""."""
-        data = seal_for(key, pickle.dumps(tuple(entry)))
+        return self.put_file(key, seal_for(key, pickle.dumps(tuple(entry))))
+
+    def put_file(self, key: str, data: bytes) -> str:
+        """The same, for what `read` has returned on another machine."""
         try:
             self.write(key + SUFFIX, data)
         except OSError as error:

@@ -32,7 +32,16 @@ class Claim(Protocol):
 
 
 class Store(Protocol):
-    """Keeps artifacts under keys, those of `key.key_of`. No method raises: what goes wrong is a miss and logged."""
+    """Keeps artifacts under keys, those of `key.key_of`. No method raises: what goes wrong is a miss and logged.
+
+    Attributes:
+        is_far: whether `fetch` and `claim` take as long as another machine takes to answer.
+    """
+
+    is_far: bool
+
+    def fetch(self, key: str) -> None:
+        """Have `get` find what other machines have kept under `key`, where there are others."""
 
     def get(self, key: str) -> Entry | None:
         """What is kept under `key`; None where there is nothing that this process can use."""
