@@ -323,6 +323,12 @@ def test_a_forked_child_goes_nowhere(redis_server: Server, machine: Machine) -> 
 # Which store is in force
 
 
+def test_nobody_is_told_a_password() -> None:
+    assert far.shown("rediss://user:secret@cache:6379/0?password=secret") == "rediss://cache:6379/0"
+    assert far.shown("s3://bucket/a/folder") == "s3://bucket/a/folder"
+    assert far.shown("file:///a/folder@home") == "file:///a/folder@home"
+
+
 @pytest.mark.parametrize("key", [None, "", "too short"])
 def test_without_a_key_nothing_is_shared(key: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))

@@ -30,7 +30,7 @@ def shared(near: Disk, url: str) -> Store:
     if len(key) < SHORTEST:
         with contextlib.suppress(Warning):
             warnings.warn(
-                f"frame-swap: the store {url} is not used, since who can write there could run code here: "
+                f"frame-swap: the store {far.shown(url)} is not used, since who can write there could run code here: "
                 f"set {KEY} to the same {SHORTEST} characters or more on all machines",
                 FrameSwapWarning,
                 stacklevel=2,

@@ -50,6 +50,13 @@ def is_url(store: str) -> bool:
     return "://" in store
 
 
+def shown(url: str) -> str:
+    """`url` for people: without a user's name and password."""
+    scheme, _, rest = url.partition("://")
+    server, slash, path = rest.partition("/")
+    return f"{scheme}://{server.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+
+
 def connect(url: str) -> Far:
     """The place that `url` names.
 

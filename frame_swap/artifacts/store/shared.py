@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from ...errors import FrameSwapWarning, first_line
 from .disk import Disk
 from .entry import Claim, Entry
-from .far import LEASE, Far, Lease, connect
+from .far import LEASE, Far, Lease, connect, shown
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,9 @@ class Shared:
             if (far := self._place()) is None or (signed := far.get(key)) is None:
                 return
             if (data := verified(self._key, key, signed)) is None:
-                log.warning("frame-swap: %s has %s, but not signed with FRAME_SWAP_STORE_KEY", self._url, key)
+                log.warning(
+                    "frame-swap: %s has %s, but not signed with FRAME_SWAP_STORE_KEY", shown(self._url), key
+                )
                 return
             self.near.put_file(key, data)
 
@@ -183,13 +185,14 @@ class Shared:
             yield
         except Exception as error:
             self._rests_until = time.monotonic() + REST
-            log.info("frame-swap: %s: %s", self._url, first_line(error), exc_info=True)
+            log.info("frame-swap: %s: %s", shown(self._url), first_line(error))
             if not self._has_warned:
                 self._has_warned = True
                 with contextlib.suppress(Warning):
                     warnings.warn(
-                        f"frame-swap: the store {self._url} cannot be used now: {first_line(error)}; compiled code "
-                        "is kept on this machine, and what other machines have compiled is compiled here",
+                        f"frame-swap: the store {shown(self._url)} cannot be used now: {first_line(error)}; "
+                        "compiled code is kept on this machine, and what other machines have compiled is compiled "
+                        "here",
                         FrameSwapWarning,
                         stacklevel=2,
                     )
