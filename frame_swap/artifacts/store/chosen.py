@@ -30,8 +30,8 @@ def shared(near: Disk, url: str) -> Store:
     if len(key) < SHORTEST:
         with contextlib.suppress(Warning):
             warnings.warn(
-                f"frame-swap: the store {far.shown(url)} is not used, since who can write there could run code here: "
-                f"set {KEY} to the same {SHORTEST} characters or more on all machines",
+                f"frame-swap: the store {far.shown(url)} is not used, since who can write there could run code "
+                f"here: set {KEY} to the same {SHORTEST} characters or more on all machines",
                 FrameSwapWarning,
                 stacklevel=2,
             )
