@@ -159,8 +159,9 @@ def _marks(function: FunctionType) -> tuple[str, ...]:
 
 # --- Where code is found again ---
 
-Place = tuple[str, str, str]
-"""Of code: the name of its module, its qualified name there, and its digest."""
+Place = tuple[str, str, tuple[str, ...]]
+"""Of code: the name of its module, its qualified name there, and the digests of all code that this name leads to: a
+function's, and those of the functions that it wraps."""
 
 
 def place_of(code: CodeType) -> Place:
@@ -171,16 +172,20 @@ def place_of(code: CodeType) -> Place:
     """
     names = ((module.__name__, code.co_qualname) for module in _modules_of(code.co_filename))
     for module, name in itertools.chain(names, _names_of_functions(code)):
-        if is_there(place := (module, name, digest(code))):
-            return place
+        if digest(code) in (digests := _digests_at(module, name)):
+            return module, name, digests
     raise Unkeepable(f"{code.co_qualname}, {code.co_filename}:{code.co_firstlineno} cannot be found by its name")
 
 
 def is_there(place: Place) -> bool:
-    """Whether the code is where it was, and the same."""
-    module, qualified_name, wanted = place
+    """Whether the code is where it was, and the same, and nothing has been wrapped around it."""
+    module, name, digests = place
+    return _digests_at(module, name) == digests
+
+
+def _digests_at(module: str, qualified_name: str) -> tuple[str, ...]:
     if (owner := sys.modules.get(module)) is None:
-        return False
+        return ()
     outer, *inner = qualified_name.split(".<locals>.")
     found: Any = owner
     for name in outer.split("."):
@@ -189,7 +194,7 @@ def is_there(place: Place) -> bool:
     for name in inner:
         nested = (constant for code in codes for constant in code.co_consts if isinstance(constant, CodeType))
         codes = [code for code in nested if code.co_name == name.rpartition(".")[2]]
-    return any(digest(code) == wanted for code in codes)
+    return tuple(map(digest, codes))
 
 
 def codes_of(value: Any, depth: int = 4) -> Iterator[CodeType]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -215,6 +216,26 @@ def method() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(Layer, "helper", lambda self, x: x.cos())
 
 
+def wrapper_around_a_method_of_torch() -> contextlib.AbstractContextManager[Any]:
+    forward = nn.Linear.forward
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Linear, x: Tensor) -> Tensor:
+        return forward(self, x) * 2
+
+    return mock.patch.object(nn.Linear, "forward", wrapper)
+
+
+def wrapper_around_another() -> contextlib.AbstractContextManager[Any]:
+    forward = nn.Dropout.forward
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Dropout, x: Tensor) -> Tensor:
+        return forward(self, x) + 1
+
+    return mock.patch.object(nn.Dropout, "forward", wrapper)
+
+
 def constant_of_a_class() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(Layer, "power", 3)
 
@@ -262,6 +283,8 @@ WORLD = [
     function_of_torch,
     function_of_torch_by_another,
     method_of_torch,
+    wrapper_around_a_method_of_torch,
+    wrapper_around_another,
     no_grad,
     autocast,
     deterministic,
