@@ -98,7 +98,7 @@ def test_a_change_of_what_an_operator_reads_changes_the_content(
 def test_which_equal_strings_are_one_object_does_not_matter() -> None:
     one, other = ("".join(["a", " string"]) for _ in range(2))
     assert one is not other
-    assert parcel._stable_pickle([one, other]) == parcel._stable_pickle([one, one])
+    assert parcel.stable_pickle([one, other]) == parcel.stable_pickle([one, one])
 
 
 def test_an_envelope_knows_the_process_that_asks() -> None:

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.quick
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
     """What is looked up once for a process is looked up anew."""
-    key._installation.cache_clear()
+    key.installation.cache_clear()
     yield
-    key._installation.cache_clear()
+    key.installation.cache_clear()
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ CHANGES: dict[str, Change] = {
 def test_what_compiles_is_part_of_the_key(parcel: Parcel, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key.key_of(parcel)
     CHANGES[what](monkeypatch)
-    key._installation.cache_clear()
+    key.installation.cache_clear()
     assert key.key_of(parcel) != before
     monkeypatch.undo()
-    key._installation.cache_clear()
+    key.installation.cache_clear()
     assert key.key_of(parcel) == before
 
 

@@ -24,8 +24,6 @@ from frame_swap.artifacts.store.entry import Entry
 from frame_swap.artifacts.store.shared import Shared
 from frame_swap.settings import Settings
 
-pytestmark = pytest.mark.fast
-
 SECRET = b"the same on all machines"
 NAME = "0" * 64
 OTHER = "1" * 64
@@ -113,6 +111,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         place: str = request.getfixturevalue("s3")
         return place
     return f"file://{tmp_path / 'shared'}"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers here may be slow, and are not to be given up."""
+    monkeypatch.setattr(far, "TIMEOUT", 60.0)
 
 
 @pytest.fixture
