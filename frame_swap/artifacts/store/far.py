@@ -140,7 +140,7 @@ class _Files:
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(self._path(name))
+            self._files.rm(self._path(name))
 
     def claim(self, name: str) -> Lease | None:
         return _NoLease()
