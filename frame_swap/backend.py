@@ -189,4 +189,4 @@ def _unsupported() -> bool:
     return False
 
 
-callback.install(frame_swap_backend, kept_frames.Keeper())
+callback.install(frame_swap_backend, kept_frames.place_of)

@@ -130,49 +130,52 @@ def _why_not(order: Order) -> str:
     return "" if order.autotuned is None else "autotuned code is to follow"
 
 
-class Keeper:
-    """Answers Dynamo's callback with kept frames, and keeps those that are traced."""
+class Place:
+    """Where frames like `frame` are kept: in `store`, under `key`."""
 
-    def restored(self, callback: Any, frame: Any, frame_state: dict[Any, Any]) -> Any | None:
-        """The answer about `frame`, where an earlier run has left one that fits; else None. Raises nothing."""
+    def __init__(self, store: Store, key: str, frame: Any) -> None:
+        self._store = store
+        self._key = key
+        self._frame = frame
+
+    def restored(self, frame_state: dict[Any, Any]) -> Any | None:
+        """The answer about the frame, where an earlier run has left one that fits; else None. Raises nothing."""
         try:
-            if (place := _place(callback, frame)) is None:
-                return None
-            store, key = place
-            for kept in _read(store, key):
+            for kept in _read(self._store, self._key):
                 with dynamo.compile_lock:
-                    if (answer := _restored(kept, frame, frame_state)) is not None:
+                    if (answer := _restored(kept, self._frame, frame_state)) is not None:
                         return answer
         except Exception:
             log.warning("frame-swap: a kept frame cannot be used, and is traced", exc_info=True)
         return None
 
     @contextlib.contextmanager
-    def keeping(self, callback: Any, frame: Any) -> Iterator[None]:
-        """Within the block Dynamo traces `frame`, which is kept for the next run if it can be."""
-        place = None
-        with contextlib.suppress(Exception):
-            place = _place(callback, frame)
-        if place is None:
-            yield
-            return
-        store, key = place
-
-        def keep(code: CodeType, generated: CodeType, output_graph: Any) -> None:
-            try:
-                if code is frame.f_code:
-                    _add(store, key, _kept(code, generated, output_graph))
-            except Unkeepable as reason:
-                log.info("frame-swap: %s is traced in each run: %s", code.co_qualname, reason)
-            except Exception:
-                log.warning("frame-swap: %s cannot be kept", code.co_qualname, exc_info=True)
-
+    def keeping(self) -> Iterator[None]:
+        """Within the block Dynamo traces the frame, which is kept for the next run if it can be."""
         before, _capture.graphs = _capture.graphs, {}
         try:
-            with guard_state.told(keep):
+            with guard_state.told(self._keep):
                 yield
         finally:
             _capture.graphs = before
+
+    def _keep(self, code: CodeType, generated: CodeType, output_graph: Any) -> None:
+        try:
+            if code is self._frame.f_code:
+                _add(self._store, self._key, _kept(code, generated, output_graph))
+        except Unkeepable as reason:
+            log.info("frame-swap: %s is traced in each run: %s", code.co_qualname, reason)
+        except Exception:
+            log.warning("frame-swap: %s cannot be kept", code.co_qualname, exc_info=True)
+
+
+def place_of(callback: Any, frame: Any) -> Place | None:
+    """Where frames like this one are kept; None where none is. Raises nothing."""
+    try:
+        return _place(callback, frame)
+    except Exception as error:  # an option that nothing describes, say
+        log.info("frame-swap: %s is traced in each run: %s", frame.f_code.co_qualname, first_line(error))
+        return None
 
 
 # --- Keep ---
@@ -313,8 +316,7 @@ def _unpacked_when_called(content: bytes) -> Callable[..., Any]:
 # --- The store ---
 
 
-def _place(callback: Any, frame: Any) -> tuple[Store, str] | None:
-    """Where frames like this one are kept; None where none is."""
+def _place(callback: Any, frame: Any) -> Place | None:
     wished = settings.current()
     if wished.when not in ("ready", "wait") or wished.verify or dynamos.reason_for_the_call(callback) is not None:
         return None
@@ -332,7 +334,7 @@ def _place(callback: Any, frame: Any) -> tuple[Store, str] | None:
         parcel.stable_pickle(state),
         torch.accelerator.is_available(),
     )
-    return store, hashlib.sha256(repr(parts).encode()).hexdigest()
+    return Place(store, hashlib.sha256(repr(parts).encode()).hexdigest(), frame)
 
 
 def _of_this_process() -> bool:

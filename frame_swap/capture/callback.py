@@ -42,10 +42,10 @@ class Callback(dynamos.CatchErrorsWrapper):
         if at_once:
             return super().__call__(frame, cache_entry, frame_state)
         with contextlib.ExitStack() as stack:
-            if (keeper := _keeper()) is not None:
-                if (answer := keeper.restored(self, frame, frame_state)) is not None:
+            if (place := _place(self, frame)) is not None:
+                if (answer := place.restored(frame_state)) is not None:
                     return answer
-                stack.enter_context(keeper.keeping(self, frame))
+                stack.enter_context(place.keeping())
             stack.enter_context(thread.held())  # or the call would wait for Dynamo's lock
             result = super().__call__(frame, cache_entry, frame_state)
         if captures is not None and result.guarded_code is not None:
@@ -95,26 +95,30 @@ def _is_wanted() -> bool:
     return now.capture == "background" and now.when != "wait" and not settings.disabled()
 
 
-class Keeper(Protocol):
-    """Keeps what Dynamo has made of frames for the program's next run."""
+class Place(Protocol):
+    """Where frames like one that Dynamo asks about are kept for the program's next run."""
 
-    def restored(self, callback: Any, frame: Any, frame_state: dict[Any, Any]) -> Any | None:
-        """The answer about `frame`, where an earlier run has left one that fits; else None. Raises nothing."""
+    def restored(self, frame_state: dict[Any, Any]) -> Any | None:
+        """The answer about the frame, where an earlier run has left one that fits; else None. Raises nothing."""
 
-    def keeping(self, callback: Any, frame: Any) -> contextlib.AbstractContextManager[None]:
-        """Within the block Dynamo traces `frame`, which is kept for the next run if it can be."""
-
-
-_known_keeper: Keeper | None = None
+    def keeping(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block Dynamo traces the frame, which is kept for the next run if it can be."""
 
 
-def _keeper() -> Keeper | None:
-    return _known_keeper if settings.current().keep_frames and not settings.disabled() else None
+FindPlace = Callable[[Callback, Any], Place | None]
+"""Takes the callback and a frame; returns where it is kept, or None where it is not. Raises nothing."""
+
+_find_place: FindPlace | None = None
 
 
-def install(backend: Callable[..., Any], keeper: Keeper) -> None:
+def _place(callback: Callback, frame: Any) -> Place | None:
+    wanted = settings.current().keep_frames and not settings.disabled()
+    return _find_place(callback, frame) if wanted and _find_place is not None else None
+
+
+def install(backend: Callable[..., Any], find_place: FindPlace) -> None:
     """Have Dynamo ask `Callback` about the frames of `backend`, from the next `torch.compile` on, if it can."""
-    global _known_keeper
+    global _find_place
     if beside.is_possible():
-        _known_keeper = keeper
+        _find_place = find_place
         dynamos.replace_callback(Callback, backend)

@@ -279,8 +279,6 @@ def guarded(state: GuardState, f_locals: Mapping[str, Any], f_globals: dict[str,
     for guard in state.guards:
         made_by: Any = guard.create_fn
         asked = dict(made_by.keywords) if isinstance(made_by, functools.partial) else {}
-        if isinstance(made_by, functools.partial) and made_by.args:
-            asked["args"] = made_by.args
         if isinstance(other := asked.get("source_b"), Source):
             asked["source_b"] = value_at(other)
         asked.pop("value", None)  # of a tensor, which is the value itself

@@ -49,6 +49,11 @@ CHECK_AFTER = 0.05
 """After how much was written, as a part of the limit, a process looks how large the folder has become."""
 
 
+def packed(key: str, entry: Entry) -> bytes:
+    """The file that keeps `entry` under `key`."""
+    return seal_for(key, pickle.dumps(tuple(entry)))
+
+
 class Artifact(NamedTuple):
     """An artifact of the store: its key, its size in bytes, and when it was last used (seconds since the epoch)."""
 
@@ -95,13 +100,6 @@ class Disk:
     def fetch(self, key: str) -> None:
         """Nothing: all is here."""
 
-    def read(self, key: str) -> bytes | None:
-        """The file with what is kept under `key`; None where it cannot be read."""
-        try:
-            return _read(self._path(key))
-        except (OSError, UnusableArtifact):
-            return None
-
     def get(self, key: str) -> Entry | None:
         """What is kept under `key`; None where there is nothing that this process can use."""
         path = self._path(key)
@@ -120,10 +118,10 @@ class Disk:
 
     def put(self, key: str, entry: Entry) -> str:
         """Keep `entry` under `key`; returns why it could not be done, or ""."""
-        return self.put_file(key, seal_for(key, pickle.dumps(tuple(entry))))
+        return self.put_file(key, packed(key, entry))
 
     def put_file(self, key: str, data: bytes) -> str:
-        """The same, for what `read` has returned on another machine."""
+        """The same, for what `packed` has returned, here or on another machine."""
         try:
             self.write(key + SUFFIX, data)
         except OSError as error:

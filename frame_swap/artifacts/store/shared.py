@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from ...errors import FrameSwapWarning, first_line
-from .disk import Disk
+from .disk import Disk, packed
 from .entry import Claim, Entry
 from .far import LEASE, Far, Lease, connect, shown
 
@@ -127,9 +127,9 @@ class Shared:
 
     def put(self, key: str, entry: Entry) -> str:
         """Keep `entry` near, and send it far on another thread; returns why it is not kept near, or ""."""
-        failure = self.near.put(key, entry)
-        data = None if failure else self.near.read(key)
-        if data is not None:
+        data = packed(key, entry)
+        failure = self.near.put_file(key, data)
+        if not failure:
             self._later(lambda: self._put(key, data))
         return failure
 
