@@ -1,13 +1,13 @@
 """How long a program waits, and how many steps it has done by any moment, beside eager and stock.
 
-    python -m benchmarks.first_call [--model bert-4] [--infer] [--runs 3] [--stretch 3] [--arms inductor,graph]
+    python -m benchmarks.first_call [--model bert-4] [--infer] [--mode M] [--runs 3] [--arms inductor,graph]
 
 The arms run in turn, each in a process of its own with empty compile caches: stock Inductor, eager, Dynamo alone
 (`backend="eager"`), and frame_swap with first="graph" and first="pair"; with --all-arms also aot_eager and
 upstream's TORCHINDUCTOR_FX_COMPILE_MODE=async+subprocess. Each arm makes its imports, builds the model and makes
 one eager step, so that starting the libraries is not measured. Then it starts the clock, compiles, and makes steps
-until the time is up: three times stock's first call, or what --stretch says. Writes a JSON file and a picture;
-prints the ratios.
+until the time is up: three times stock's first call, or what --stretch says. --mode is `torch.compile`'s, for stock
+and frame_swap. Writes a JSON file and a picture; prints the ratios.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ OURS = ("graph", "pair")
 SELDOM = ("aot_eager", "upstream_async")
 
 
-def run_arm(arm: str, model: str, train: bool, seconds: float, stretch: float) -> Run:
+def run_arm(arm: str, model: str, train: bool, mode: str | None, seconds: float, stretch: float) -> Run:
     """Run one arm in this process; with `seconds` 0, for `stretch` times its first call."""
     import torch
 
@@ -81,7 +81,8 @@ def run_arm(arm: str, model: str, train: bool, seconds: float, stretch: float) -
 
     backend = ARMS[arm].backend
     start = time.time()
-    call = step.model if backend is None else torch.compile(step.model, backend=backend)
+    mode = mode if backend in ("inductor", "frame_swap") else None
+    call = step.model if backend is None else torch.compile(step.model, backend=backend, mode=mode)
     ends: list[float] = []
     while not ends or ends[-1] < (seconds or stretch * ends[0]):
         step.run(call)
@@ -97,7 +98,7 @@ def run_arm(arm: str, model: str, train: bool, seconds: float, stretch: float) -
     return result
 
 
-def spawn_arm(arm: str, model: str, infer: bool, seconds: float, stretch: float) -> Run:
+def spawn_arm(arm: str, model: str, infer: bool, mode: str | None, seconds: float, stretch: float) -> Run:
     """Call `run_arm` in a process of its own, with empty caches of Inductor and Triton."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {
@@ -109,6 +110,7 @@ def spawn_arm(arm: str, model: str, infer: bool, seconds: float, stretch: float)
         }
         command = [sys.executable, "-m", "benchmarks.first_call", "--arm", arm, "--model", model]
         command += ["--seconds", str(seconds), "--stretch", str(stretch)] + (["--infer"] if infer else [])
+        command += ["--mode", mode] if mode else []
         return output.run_arm(arm, command, environment)
 
 
@@ -215,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-4")
     parser.add_argument("--infer", action="store_true", help="inference instead of training")
+    parser.add_argument("--mode", choices=("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
     parser.add_argument("--runs", type=int, default=3, help="rounds of all arms; the medians are printed")
     parser.add_argument("--seconds", type=float, default=0.0, help="how long each arm steps")
     parser.add_argument("--stretch", type=float, default=3.0, help="the same, as so many times stock's first call")
@@ -224,7 +227,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
-        print(json.dumps(run_arm(args.arm, args.model, not args.infer, args.seconds, args.stretch)))
+        print(json.dumps(run_arm(args.arm, args.model, not args.infer, args.mode, args.seconds, args.stretch)))
         return
     wished = args.arms.split(",") if args.arms else [arm for arm in ARMS if args.all_arms or arm not in SELDOM]
     if not set(wished) <= set(ARMS) or ("inductor" not in wished and not args.seconds):
@@ -236,7 +239,9 @@ def main() -> None:
         runs: dict[str, Run] = {}
         seconds = args.seconds
         for arm in arms:
-            run = runs[arm] = spawn_arm(arm, args.model, args.infer, ARMS[arm].part * seconds, args.stretch)
+            run = runs[arm] = spawn_arm(
+                arm, args.model, args.infer, args.mode, ARMS[arm].part * seconds, args.stretch
+            )
             seconds = seconds or run["ends"][-1]
             notes = f"{len(run['ends'])} steps of {1e3 * step_time(run):.0f} ms in {run['ends'][-1]:.0f} s"
             if run["swap"] is not None:
@@ -255,7 +260,7 @@ def main() -> None:
 
     import torch
 
-    program = "infer" if args.infer else "train"
+    program = ("infer" if args.infer else "train") + (f"-{args.mode}" if args.mode else "")
     what = f"{args.model}, {program}, torch {torch.__version__}, {output.device_name()}"
     stem = args.out / f"first_call-{args.model}-{program}-{output.device()}"
     output.write(stem, {"what": what, "figures": figures, "runs": rounds}, draw(rounds[-1], what))

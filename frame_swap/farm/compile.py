@@ -131,9 +131,8 @@ def _compile(
             inductor.backward_before_forward(),
             inductor.serialisable(),
             phases.recorded(),
-            tuning.winners_kept(),
+            tuning.for_the_program(autotunes=inductor.autotunes(options)),
             _frozen_code_serialisable() if content.frozen is not None else contextlib.nullcontext(),
-            tuning.in_slices() if inductor.autotunes(options) else contextlib.nullcontext(),
         ):
             compiled: Any = inductor.stock_inductor(gm, inputs, options)
             with phases.phase("serialise"):

@@ -49,10 +49,18 @@ __all__ = [
     "forget_ids",
     "has_symbolic_floats",
     "is_fake",
+    "none_made",
     "tracing",
     "unset_fake_temporarily",
     "with_constant_floats",
 ]
+
+
+@contextlib.contextmanager
+def none_made() -> Iterator[None]:
+    """Within the block, what makes tensors makes real ones, also while a frame is captured."""
+    with unset_fake_temporarily(), tracing(None):
+        yield
 
 
 def has_symbolic_floats() -> bool:

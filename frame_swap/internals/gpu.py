@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from typing import Any
 
 import torch
@@ -12,10 +14,31 @@ def is_in_use() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def give_back_cached() -> None:
-    """Give back the memory of GPUs that PyTorch keeps and no tensor needs."""
-    if is_in_use():
+def give_back_cached(beyond: int = 0) -> None:
+    """Give back the memory of GPUs that PyTorch keeps and no tensor needs, if it is more than `beyond` bytes."""
+    if is_in_use() and torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > beyond:
         torch.cuda.empty_cache()
+
+
+_STACK = 256
+"""Bytes of stack for each thread that could run at once: 66 MiB of an H100. CUDA's default of 1024 takes 264."""
+
+_small: set[int] = set()
+
+
+def keep_context_small() -> None:
+    """Have the context of the current GPU take less memory: 526 to 328 MiB of an H100. For workers alone.
+
+    The limit counts for kernels that call functions whose need of stack is not known when they are compiled, which
+    Triton's do not. Raises nothing.
+    """
+    device = torch.cuda.current_device()
+    if device in _small or torch.version.cuda is None:
+        return
+    _small.add(device)
+    with contextlib.suppress(OSError, AttributeError):  # PyTorch was built with the library inside
+        runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.partition('.')[0]}")
+        runtime.cudaDeviceSetLimit(0, ctypes.c_size_t(_STACK))
 
 
 def architecture(index: int) -> str:

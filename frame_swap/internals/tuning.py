@@ -10,9 +10,26 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from . import gpu
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def for_the_program(*, autotunes: bool) -> Iterator[None]:
+    """Within the block, kernels are tuned as it suits a program that runs beside this worker.
+
+    Args:
+        autotunes: whether the compile times many kernels for one.
+    """
+    slices = in_slices() if autotunes else contextlib.nullcontext()
+    with winners_kept(), apart_from_the_code(), in_little_memory(), slices:
+        yield
 
 
 @contextlib.contextmanager
@@ -48,6 +65,7 @@ def winners_kept() -> Iterator[None]:
         for entry in cls._static_autotuners or ():
             kernel = tuned.get(id(entry.kernel))
             if kernel is None or len(kernel.launchers) != 1:
+                log.info("frame-swap: %s was not tuned: its first call will do it", entry.kernel.fn.__name__)
                 continue
             winner = heuristics.triton_config_to_hashable(kernel.launchers[0].config)
             _, results = compiled.get(id(kernel), (None, []))
@@ -71,6 +89,59 @@ def winners_kept() -> Iterator[None]:
     finally:
         bundler.put_static_autotuner, bundler.collect_static_autotuners = put, collect
         autotuner._make_launchers = make_launchers
+
+
+@contextlib.contextmanager
+def apart_from_the_code() -> Iterator[None]:
+    """Within the block, what runs kernels to tune them is no part of the generated code, and may fail.
+
+    Inductor puts it into a comment, so that whoever reads the code finds each kernel twice. Kernels that could not
+    be tuned are tuned in their first call, as without it.
+    """
+    wrapper: Any = importlib.import_module("torch._inductor.codegen.wrapper").PythonWrapperCodegen
+    usual = wrapper.generate_and_run_autotune_block
+
+    def tune(self: Any) -> None:
+        try:
+            usual(self)
+        except RuntimeError:
+            log.info("frame-swap: kernels could not be tuned: their first call will do it", exc_info=True)
+        self.kernel_autotune_defs.clear()
+        self.kernel_autotune_calls.clear()
+
+    wrapper.generate_and_run_autotune_block = tune
+    try:
+        yield
+    finally:
+        wrapper.generate_and_run_autotune_block = usual
+
+
+MOST_CACHED = 64 << 20
+"""Bytes of a GPU that a worker keeps from one kernel's tuning to the next."""
+
+
+@contextlib.contextmanager
+def in_little_memory() -> Iterator[None]:
+    """Within the block, this process takes less of a GPU's memory: for its context, and beside what a tuning needs.
+
+    Process-wide; nothing happens where Triton is not installed.
+    """
+    if not importlib.import_module("torch._inductor.runtime.triton_compat").HAS_TRITON:
+        yield
+        return
+    autotuner: Any = importlib.import_module("torch._inductor.runtime.triton_heuristics").CachingAutotuner
+    usual = autotuner.autotune_to_one_config
+
+    def tune(self: Any, *args: Any, **kwargs: Any) -> None:
+        gpu.keep_context_small()
+        usual(self, *args, **kwargs)
+        gpu.give_back_cached(MOST_CACHED)
+
+    autotuner.autotune_to_one_config = tune
+    try:
+        yield
+    finally:
+        autotuner.autotune_to_one_config = usual
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def default_workers() -> int:
     """Worker processes for this machine: half of the usable CPUs, at least 1 and at most 4.
 
     The other half is the program's own, and each worker's compilers run beside it. Each worker takes half a
-    gigabyte, 1.6 more of a GPU's memory where it compiles for one, and seconds to start.
+    gigabyte, as much of a GPU's memory where it compiles for one, and seconds to start.
     """
     return max(1, min(4, usable_cpus() // 2))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
@@ -50,8 +51,32 @@ _FLAGS: tuple[tuple[Any, str], ...] = (
     (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
     (torch.backends.mkldnn, "enabled"),
 )
+_backends: Any = torch.backends
+# Owners of `fp32_precision`: the general one first, since those below take its value until they have their own.
+_PRECISIONS: tuple[Any, ...] = (
+    _backends,
+    _backends.cuda.matmul,
+    _backends.cudnn,
+    _backends.cudnn.conv,
+    _backends.cudnn.rnn,
+    _backends.mkldnn,
+    _backends.mkldnn.matmul,
+    _backends.mkldnn.conv,
+    _backends.mkldnn.rnn,
+)
 _deterministic: Any = torch.utils.deterministic
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+
+
+T = TypeVar("T")
+
+
+def _unless_replaced(read: Callable[[], T]) -> T | None:
+    """What `read` returns; None where `fp32_precision` says something that the older setting has no word for."""
+    try:
+        return read()
+    except RuntimeError:  # PyTorch refuses to answer
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +89,11 @@ class ProcessState:
     autocast_cache: bool
     deterministic: tuple[bool, bool]
     fill_uninitialized_memory: bool
-    matmul_precision: str
+    matmul_precision: str | None
     default_dtype: torch.dtype
     threads: int
-    flags: tuple[bool, ...]
+    flags: tuple[bool | None, ...]
+    precisions: tuple[str, ...]
     attention: tuple[bool, ...]
     configs: dict[str, dict[str, Any]]
     environment: dict[str, str]
@@ -98,10 +124,11 @@ class ProcessState:
                 torch.is_deterministic_algorithms_warn_only_enabled(),
             ),
             fill_uninitialized_memory=bool(_deterministic.fill_uninitialized_memory),
-            matmul_precision=torch.get_float32_matmul_precision(),
+            matmul_precision=_unless_replaced(torch.get_float32_matmul_precision),
             default_dtype=torch.get_default_dtype(),
             threads=torch.get_num_threads(),
-            flags=tuple(bool(getattr(owner, name)) for owner, name in _FLAGS),
+            flags=tuple(_unless_replaced(functools.partial(getattr, *flag)) for flag in _FLAGS),
+            precisions=tuple(owner.fp32_precision for owner in _PRECISIONS),
             attention=tuple(getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _ATTENTION),
             configs=configs,
             environment=environment(of_machine=False),
@@ -128,14 +155,18 @@ class ProcessState:
         """
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
         _deterministic.fill_uninitialized_memory = self.fill_uninitialized_memory
-        torch.set_float32_matmul_precision(self.matmul_precision)
+        if self.matmul_precision is not None:
+            torch.set_float32_matmul_precision(self.matmul_precision)
         torch.set_default_dtype(self.default_dtype)
         # Generated loops are split for this number of threads, and a convolution's layout depends on whether it is
         # more than one. A compile runs nothing large enough to use them.
         torch.set_num_threads(self.threads)
         with eager.backend_flags_unlocked():
-            for (owner, name), value in zip(_FLAGS, self.flags, strict=True):
-                setattr(owner, name, value)
+            for (owner, name), flag in zip(_FLAGS, self.flags, strict=True):
+                if flag is not None:
+                    setattr(owner, name, flag)
+            for owner, precision in zip(_PRECISIONS, self.precisions, strict=True):
+                owner.fp32_precision = precision
         for kind, value in zip(_ATTENTION, self.attention, strict=True):
             getattr(torch.backends.cuda, f"enable_{kind}_sdp")(value)
         with (

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils import serialization
 
+from ..internals import fake_tensors
+
 _config: Any = serialization.config
 
 Values = str | bytes
@@ -37,6 +39,7 @@ def beside(saved: Values | None) -> Path | None:
 def load(saved: Values | None) -> Any:
     """What was saved. Pages of a file are read when they are needed."""
     assert saved is not None
-    if isinstance(saved, str):
-        return torch.load(saved, mmap=True, weights_only=False)
-    return torch.load(io.BytesIO(saved), weights_only=False)
+    with fake_tensors.none_made():  # while a frame is captured, torch.load makes tensors without values
+        if isinstance(saved, str):
+            return torch.load(saved, mmap=True, weights_only=False)
+        return torch.load(io.BytesIO(saved), weights_only=False)

@@ -187,6 +187,8 @@ def changes() -> None:
     torch.set_float32_matmul_precision("high")
     capture("matmul precision", static, (x, y))
     torch.set_float32_matmul_precision("highest")
+    for backend in (torch.backends.cuda, torch.backends.mkldnn):
+        backend.matmul.fp32_precision = "none"  # as it was: "highest" has made it "ieee"
     capture("back again", static, (x, y))
 
     def call(x: Tensor) -> Any:

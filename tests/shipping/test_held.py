@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import faulty
 import pytest
@@ -158,17 +159,39 @@ def images(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.rand(2, 3, 8, 8, dtype=dtype), torch.rand(32, 16, dtype=dtype)
 
 
+@pytest.mark.parametrize("when", ["ready", "wait"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_code_computes_what_stock_s_computes(dtype: torch.dtype) -> None:
+def test_frozen_code_computes_what_stock_s_computes(dtype: torch.dtype, when: Literal["ready", "wait"]) -> None:
+    """With "wait" constants arrive while the frame is captured, when PyTorch would make fake ones."""
+    frame_swap.configure(when=when)
     model, inputs = frozen(dtype), images(dtype)
     with freezing(), torch.no_grad():
         compiled = torch.compile(model, backend="frame_swap")
         torch.testing.assert_close(compiled(*inputs), model(*inputs))
         frame_swap.wait()
         served = compiled(*inputs)
-        assert (region().state, region().eager_calls) == (State.INSTALLED, 1)
+        assert (region().state, region().eager_calls) == (State.INSTALLED, int(when == "ready"))
         stock = torch.compile(model)(*inputs)
     torch.testing.assert_close(served, stock, rtol=0, atol=0)
+
+
+class Masked(nn.Module):
+    """Its parameter becomes a constant with gaps between its rows, and many rows in one place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.rand(1, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + nn.functional.pad(self.mask, (0, 1))[..., :3].expand(5, 4, 3)).sin()
+
+
+def test_a_folded_constant_keeps_its_strides() -> None:
+    frame_swap.configure(when="wait")
+    model, x = Masked(), torch.rand(5, 4, 3)
+    with freezing(), torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="frame_swap")(x), model(x))
+    assert (region().state, region().eager_calls) == (State.INSTALLED, 0)
 
 
 def test_frozen_values_are_constants_and_no_store_keeps_them(tmp_path: Path) -> None:

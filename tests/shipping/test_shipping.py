@@ -494,6 +494,43 @@ def test_a_worker_tunes_kernels_unless_told_not_to() -> None:
     assert tunes()  # back at its default, it still counts as changed
 
 
+PRECISIONS = """
+import pickle
+import torch
+import frame_swap
+from frame_swap.shipping.process_state import ProcessState
+
+def read():
+    b = torch.backends
+    return [owner.fp32_precision for owner in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul)]
+
+old = ProcessState.capture(set())
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+new, wished = ProcessState.capture(set()), read()
+y = torch.compile(lambda x: x @ x, backend="frame_swap")(torch.eye(3))
+frame_swap.wait()
+(region,) = frame_swap.report().regions
+print(region.state, region.reason)
+print(torch.equal(y, torch.eye(3)), wished)
+with old.applied_to_process():
+    print(read(), torch.get_float32_matmul_precision())
+with new.applied_to_process():
+    print(read() == wished)
+"""
+
+
+def test_precisions_set_by_either_name(run_program: Any) -> None:
+    """PyTorch does not answer the older question where the newer settings say what it has no word for."""
+    assert run_program(PRECISIONS).stdout.splitlines() == [
+        "installed ",
+        "True ['tf32', 'ieee', 'tf32', 'bf16']",
+        "['none', 'tf32', 'tf32', 'none'] highest",
+        "True",
+    ]
+
+
 def test_operators_of_main(run_program: Any) -> None:
     assert run_program(PROGRAM).stdout == "main runs\n"
 
