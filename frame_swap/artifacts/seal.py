@@ -16,20 +16,18 @@ import torch
 
 from ..errors import UnusableArtifact
 from ..internals import gpu
+from ..internals.cpu import Cpu, this_cpu
 
 _FORMAT = 2
 
 
 def made_for() -> dict[str, Any]:
     """The installation and the machine that code compiled in this process can be used with."""
-    capabilities = torch.cpu.get_capabilities()
     return {
         "frame-swap artifact": _FORMAT,
         "torch": str(torch.__version__),
         "python": sys.implementation.cache_tag,
-        "architecture": capabilities.get("architecture"),
-        # Inductor's C++ is compiled for the machine's own instruction set, however wide its vectors are.
-        "instructions": sorted(name for name, there in capabilities.items() if there is True),
+        **this_cpu()._asdict(),
     }
 
 
@@ -68,16 +66,14 @@ def unseal(artifact: bytes) -> memoryview:
     if hashlib.sha256(content).hexdigest() != header.get("sha256"):
         raise UnusableArtifact(f"its artifact was changed after it was made; {_NEXT_RUN}")
     here = made_for()
-    for name in ("torch", "python", "architecture"):
+    for name in ("torch", "python"):
         if header.get(name) != here[name]:
             raise UnusableArtifact(
                 f"its artifact was made for {name} {header.get(name)}, here is {here[name]}; {_COMPILE_HERE}"
             )
-    lacking = sorted({*header.get("instructions", ())} - {*here["instructions"]})
-    if lacking:
-        raise UnusableArtifact(
-            f"its artifact was made for a CPU with {', '.join(lacking)}, which this one lacks; {_COMPILE_HERE}"
-        )
+    made_on = Cpu(header.get("architecture"), tuple(header.get("instructions", ())))
+    if more := made_on.beyond(this_cpu()):
+        raise UnusableArtifact(f"its artifact was made on a CPU that {more}, unlike this one; {_COMPILE_HERE}")
     for index, made in header.get("GPUs", {}).items():
         if made != (one := gpu.architecture(int(index))):
             raise UnusableArtifact(

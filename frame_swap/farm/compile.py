@@ -39,6 +39,10 @@ _CACHE_SWITCHES = (
 )
 
 
+class Refused(Exception):
+    """This machine cannot compile for the one that asks; the text says why, and what to do."""
+
+
 def compile_graph(request: Request) -> Outcome:
     """Run all of Inductor's `compile_fx` on the graph of a request."""
     started = time.time()
@@ -53,6 +57,8 @@ def compile_graph(request: Request) -> Outcome:
 
         phases = torch_phases.Phases()
         artifact, guards, constants = _compile(request, heard.append, remarks, phases)
+    except Refused as refusal:
+        error = str(refusal)
     except BaseException as failure:
         error = f"{first_line(failure)}; {_advice(failure)}"
         details = traceback.format_exc()
@@ -93,8 +99,10 @@ def _compile(
     from ..internals import dynamo, fake_tensors, inductor, tuning
     from ..shipping import echo, graph, held, parcel, values
 
-    content = parcel.open_content(request.content)
     envelope = parcel.open_envelope(request.envelope)
+    if why := envelope.why_not_here():
+        raise Refused(why)
+    content = parcel.open_content(request.content)
     state, options = content.state, content.options
     envelope.extend_search_path()
     if content.definitions is not None and not envelope.asked_here:

@@ -27,6 +27,7 @@ from torch.fx import GraphModule
 
 from ..errors import Unshippable, first_line
 from ..internals import fake_tensors, inductor
+from ..internals.cpu import Cpu, this_cpu
 from ..runtime.identity import this_machine, this_process
 from ..runtime.patching import patched_environment
 from . import cacheable, graph, held, operators, triton_kernels
@@ -97,6 +98,7 @@ class Envelope:
         environment: variables that name places and devices of the machine.
         search_path: the process's `sys.path`.
         compile_id: Dynamo's, as text.
+        cpu: the machine's, which the code is to run on.
     """
 
     process: str
@@ -105,17 +107,29 @@ class Envelope:
     environment: dict[str, str]
     search_path: tuple[str, ...]
     compile_id: str | None
+    cpu: Cpu
 
     @classmethod
     def capture(cls, audience: Audience, compile_id: str | None) -> Envelope:
         """The envelope of the calling process."""
         path = tuple(map(os.path.abspath, sys.path))  # "" is the current folder
-        return cls(this_process(), this_machine(), audience, environment(of_machine=True), path, compile_id)
+        variables = environment(of_machine=True)
+        return cls(this_process(), this_machine(), audience, variables, path, compile_id, this_cpu())
 
     @property
     def asked_here(self) -> bool:
         """Whether the calling process is the one that asks, as in an executor of threads."""
         return self.process == this_process()
+
+    def why_not_here(self) -> str:
+        """Why what the calling process compiles could not run on the machine that asks; "" where it could."""
+        more = this_cpu().beyond(self.cpu)
+        if not more:
+            return ""
+        return (
+            f"it was sent to a CPU that {more}, unlike the program's: Inductor compiles for the machine that it "
+            "runs on; give the executor workers with the program's kind of CPU"
+        )
 
     def extend_search_path(self) -> None:
         """Make the program's modules importable in a worker.

@@ -16,6 +16,9 @@ NEEDS = {
     "recipes/accelerate.md": ("accelerate",),
     "recipes/lightning.md": ("lightning",),
     "recipes/notebooks.md": ("nbclient", "ipykernel"),
+    "recipes/dask.md": ("distributed",),
+    "recipes/ray.md": ("ray",),
+    "recipes/mpi.md": ("mpi4py",),
     "timeline.md": ("matplotlib",),
 }
 """What a page needs that frame-swap does not bring along."""

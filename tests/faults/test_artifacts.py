@@ -69,10 +69,10 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another frame-swap": (made_for(**{"frame-swap artifact": 0}), "of another frame-swap"),
     "another torch": (made_for(torch="2.6.0"), r"made for torch 2\.6\.0, here is .*executor=None"),
     "another Python": (made_for(python="cpython-39"), "made for python cpython-39"),
-    "another architecture": (made_for(architecture="riscv64"), "made for architecture riscv64"),
+    "another architecture": (made_for(architecture="riscv64"), "made on a CPU that is of architecture riscv64"),
     "another instruction set": (
         made_for(instructions=[*HERE["instructions"], "avx1024"]),
-        "made for a CPU with avx1024, which this one lacks; .*executor=None",
+        "made on a CPU that has avx1024, unlike this one; .*executor=None",
     ),
 }
 
