@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import frame_swap_backend
-    from .control import report, swap
+    from .control import export, report, swap
     from .decorator import opt_in
     from .enabling import enable
     from .errors import FrameSwapWarning
@@ -35,6 +35,7 @@ __all__ = [
     "configure",
     "enable",
     "explain",
+    "export",
     "frame_swap_backend",
     "opt_in",
     "report",
@@ -53,6 +54,7 @@ _HOME = {
     "configure": "settings",
     "enable": "enabling",
     "explain": "ui.explain",
+    "export": "control",
     "frame_swap_backend": "backend",
     "opt_in": "decorator",
     "report": "control",

@@ -90,7 +90,7 @@ def _start(
     else:
         try:
             with record.journal.span("ship"):
-                packed = parcel.pack(gm, example_inputs, first_changes, record.compile_id or None)
+                packed = parcel.pack(gm, example_inputs, first_changes, record.compile_id or None, wished.artifact)
             beside.checkpoint()
         except Unshippable as error:
             return _compile_in_foreground(record, str(error), gm, example_inputs, changes)
@@ -105,6 +105,8 @@ def _start(
             graph=held.lift(copy_of_graph(gm))[0] if wished.verify else None,
             repeatable=is_repeatable(gm),
             autotuned=changes if tiers else None,
+            code=frame.code if frame is not None else None,
+            inputs=dynamo.names_of_inputs(gm) if wished.artifact == "aoti" else (),
         )
         inductor.prepare_cudagraphs(changes)
         kept_frames.graph_captured(gm, order, why.reason if why is not None else "")

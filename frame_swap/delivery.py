@@ -20,12 +20,13 @@ import logging
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
 
 from . import guards, settings
-from .artifacts import load
+from .artifacts import exports, load
 from .checking import repro
 from .checking.profit import Measurement
 from .checking.trial import Trial
@@ -63,6 +64,8 @@ class Order:
         repeatable: whether a call that raised may be made again, as far as the graph is concerned.
         autotuned: changes of Inductor's config for better code, once there is some; None where there is no other.
         must_gain: whether code that replaces other code has to be faster.
+        code: of the user's function; None where the graph was called outside of a frame.
+        inputs: where the frame has the graph's inputs, as Dynamo names them.
     """
 
     record: Record
@@ -76,6 +79,8 @@ class Order:
     repeatable: bool
     autotuned: dict[str, Any] | None = None
     must_gain: bool = False
+    code: CodeType | None = None
+    inputs: tuple[str, ...] = ()
 
     def for_autotuned(self) -> Order | None:
         """The order for better code; None where there is no other."""
@@ -208,6 +213,11 @@ class Delivery:
                 raise UnusableArtifact("a parameter has changed since its value became a constant of the code")
             compiled = load.load(outcome.artifact, order.parcel.state, order.options, constants, guarded=guarded)
         attempt.wrappers = compiled.wrappers
+        attempt.artifact, attempt.artifact_reason = compiled.kind, outcome.unpackaged
+        if compiled.package is not None and order.code is not None:
+            inputs = [order.inputs[at] for at in compiled.taken or range(len(order.inputs))]
+            installed = exports.Installed(compiled.package, tuple(inputs), lambda: attempt.state is State.INSTALLED)
+            exports.keep(order.code, installed)
         trials = tuple(self._trials(compiled.call))
         compiled = compiled.holding(order.parcel.held)
         if not order.repeatable:

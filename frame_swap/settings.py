@@ -24,6 +24,7 @@ When = Literal["ready", "wait", "manual", "never"]
 First = Literal["graph", "pair"]
 Capture = Literal["call", "background"]
 Tiers = Literal["auto", "one"]
+Artifact = Literal["inductor", "aoti"]
 
 
 # --- How a field is described ---
@@ -270,6 +271,14 @@ class Settings:
         str,
     )
 
+    artifact: Artifact = _setting(
+        "inductor",
+        """What compiled code is. "inductor": the Python that Inductor generates, and its kernels. "aoti": a package
+        of AOTInductor's, which is called without Python code and which `frame_swap.export` hands out. Graphs with a
+        backward, and those that AOTInductor cannot lower, become Python all the same, and the report says why.""",
+        _is_one_of(*get_args(Artifact)),
+        str,
+    )
     verbose: int = _setting(
         0,
         """1 prints a line on stderr for each step of a compile: seconds since the program began, graph, tier, step,

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..settings import Artifact
+
 Boxed = Callable[[list[Any]], Any]
 """Takes the graph's inputs in one list, which it empties."""
 
@@ -19,6 +21,9 @@ class Compiled(NamedTuple):
         call: takes the graph's inputs, returns the sequence of its outputs.
         boxed: Inductor's own function, if a call of it needs no wrapper at all; else None.
         wrappers: the wrappers of AOTAutograd's that are still called with it, by our names for them.
+        kind: "inductor" for generated Python and its kernels, "aoti" for a package of AOTInductor's.
+        package: the bytes of such a package, if a call of it needs no wrapper at all; else None.
+        taken: indices of the graph's inputs that a package takes; None where it takes all.
         repeatable: whether a call may be made again after it raised, unless `is_repeatable` denies it for the
             error. It may where no input has been changed.
     """
@@ -27,6 +32,9 @@ class Compiled(NamedTuple):
     boxed: Boxed | None
     wrappers: tuple[str, ...]
     repeatable: bool
+    kind: Artifact = "inductor"
+    package: bytes | None = None
+    taken: tuple[int, ...] | None = None
 
     def holding(self, tensors: tuple[Tensor, ...]) -> Compiled:
         """The same, for a graph that holds `tensors`: compiled code takes them as its first inputs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any, NamedTuple
 
-from ..internals import dynamo, fake_tensors, freezing, inductor, loading
+from ..internals import dynamo, fake_tensors, freezing, inductor, loading, packages
 from ..shipping import echo
 from ..shipping.process_state import ProcessState
 from . import folders, generated, libraries
@@ -128,4 +128,9 @@ def _load(
             replacement.applied(),
         ):
             outermost = entry.wrap_post_compile([], entry.sanitized_aot_config, loading.loading_options())
-        return replacement.result(outermost)
+        made = replacement.result(outermost)
+        graph: Any = getattr(entry.compiled_fw, "result", None)
+        if not packages.is_package(graph):
+            return made
+        bare = made.boxed is not None
+        return made._replace(kind="aoti", package=graph.package if bare else None, taken=graph.positions)

@@ -46,7 +46,7 @@ class Refused(Exception):
 def compile_graph(request: Request) -> Outcome:
     """Run all of Inductor's `compile_fx` on the graph of a request."""
     started = time.time()
-    artifact, guards, constants, error, details = None, b"", None, "", ""
+    artifact, guards, constants, unpackaged, error, details = None, b"", None, "", "", ""
     heard: list[bytes] = []
     remarks: list[str] = []
     phases: Phases | None = None  # it needs torch
@@ -56,7 +56,7 @@ def compile_graph(request: Request) -> Outcome:
         from ..internals import phases as torch_phases
 
         phases = torch_phases.Phases()
-        artifact, guards, constants = _compile(request, heard.append, remarks, phases)
+        artifact, guards, constants, unpackaged = _compile_as_wished(request, heard, remarks, phases)
     except Refused as refusal:
         error = str(refusal)
     except BaseException as failure:
@@ -76,6 +76,7 @@ def compile_graph(request: Request) -> Outcome:
         phases=phases.longest() if phases is not None else (),
         log=place.log_file(),
         constants=constants,
+        unpackaged=unpackaged,
     )
 
 
@@ -85,8 +86,37 @@ def allow_caches() -> None:
         os.environ.pop(variable, None)
 
 
+def _compile_as_wished(
+    request: Request, heard: list[bytes], remarks: list[str], phases: Phases
+) -> tuple[bytes, bytes, Values | None, str]:
+    """As `_compile`; and why the artifact is no package, where that was wished.
+
+    Args:
+        heard: gets what the compile leaves behind, also where it fails.
+    """
+    from ..shipping import parcel
+
+    content, why = parcel.open_content(request.content), ""
+    if content.artifact == "aoti":
+        try:
+            return *_compile(request, heard.append, remarks, phases, packaged=True), ""
+        except Refused:
+            raise
+        except Exception as error:
+            why = _why_unpackaged(error)
+            place.log(traceback.format_exc())
+            heard.clear()
+            remarks.clear()
+    return *_compile(request, heard.append, remarks, phases), why
+
+
 def _compile(
-    request: Request, keep_echo: Callable[[bytes], None], remarks: list[str], phases: Phases
+    request: Request,
+    keep_echo: Callable[[bytes], None],
+    remarks: list[str],
+    phases: Phases,
+    *,
+    packaged: bool = False,
 ) -> tuple[bytes, bytes, Values | None]:
     """The artifact, the pickled late guards, and the constants that come beside the artifact.
 
@@ -94,9 +124,10 @@ def _compile(
         keep_echo: called with what the compile leaves behind, also where it fails.
         remarks: gets what the user should be warned of.
         phases: gets those of the compile.
+        packaged: whether the artifact is to be a package of AOTInductor's.
     """
     from ..artifacts import folders, libraries, load
-    from ..internals import dynamo, fake_tensors, inductor, tuning
+    from ..internals import dynamo, fake_tensors, inductor, packages, tuning
     from ..shipping import echo, graph, held, parcel, values
 
     envelope = parcel.open_envelope(request.envelope)
@@ -104,6 +135,8 @@ def _compile(
         raise Refused(why)
     content = parcel.open_content(request.content)
     state, options = content.state, content.options
+    inner = packages.inner_compile(content.frozen is not None, options) if packaged else None
+    changes = {**options, **packages.OPTIONS} if packaged else options
     envelope.extend_search_path()
     if content.definitions is not None and not envelope.asked_here:
         content.definitions.define()
@@ -142,7 +175,7 @@ def _compile(
             tuning.for_the_program(autotunes=inductor.autotunes(options)),
             _frozen_code_serialisable() if content.frozen is not None else contextlib.nullcontext(),
         ):
-            compiled: Any = inductor.stock_inductor(gm, inputs, options)
+            compiled: Any = inductor.stock_inductor(gm, inputs, changes, inner)
             with phases.phase("serialise"):
                 entry = compiled.serialize()
         late = [guard.expr for guard in shapes.guards[known:]]
@@ -153,6 +186,16 @@ def _compile(
             artifact = load.try_out(packed, state, options)
         constants = values.save(packed.constants, values.beside(request.values)) if packed.constants else None
         return artifact, pickle.dumps(late), constants
+
+
+def _why_unpackaged(error: BaseException) -> str:
+    """Why there is no package, in one line."""
+    from ..internals.packages import Unpackaged
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, Unpackaged):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause) if cause is not None else first_line(error)
 
 
 def _advice(failure: BaseException) -> str:

@@ -43,6 +43,7 @@ class Outcome:
         log: the file in which the worker says what it does; "" where it has none.
         constants: of the artifact, by name, where they hold values of the program's, as `shipping.values.save`
             returns them.
+        unpackaged: why it is no package of AOTInductor's, where that was wished; else "".
     """
 
     artifact: bytes | None
@@ -59,3 +60,4 @@ class Outcome:
     phases: tuple[tuple[str, float, float], ...] = ()
     log: str = ""
     constants: str | bytes | None = None
+    unpackaged: str = ""

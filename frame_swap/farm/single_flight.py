@@ -145,22 +145,27 @@ class SingleFlight:
     def _watch(self) -> None:
         while True:
             with self._lock:
-                waiting = list(self._waiting)
-                if not waiting:
+                if not self._waiting:
                     self._thread = None
                     return
-            for one in waiting:
-                wanted, future, deadline = one
-                try:
-                    over = self._is_over(wanted, future, deadline)
-                except Exception as error:
-                    over = True
-                    with contextlib.suppress(InvalidStateError):
-                        future.set_exception(error)
-                if over:
-                    with self._lock:
-                        self._waiting.remove(one)
+            self.look()
             time.sleep(PAUSE)
+
+    def look(self) -> None:
+        """See of each compile that is waited for whether it is over, or can begin here. Raises nothing."""
+        with self._lock:
+            waiting = list(self._waiting)
+        for one in waiting:
+            wanted, future, deadline = one
+            try:
+                over = self._is_over(wanted, future, deadline)
+            except Exception as error:
+                over = True
+                with contextlib.suppress(InvalidStateError):
+                    future.set_exception(error)
+            if over:
+                with self._lock:
+                    self._waiting.remove(one)
 
 
 def _kept(wanted: Wanted, outcome: Outcome) -> Outcome:

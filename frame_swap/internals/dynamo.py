@@ -191,6 +191,16 @@ def tracer_class(gm: torch.fx.GraphModule) -> type[torch.fx.Tracer] | None:
     return tracer
 
 
+def names_of_inputs(gm: torch.fx.GraphModule) -> tuple[str, ...]:
+    """Where the frame has each input of a graph that Dynamo has captured: "L['x']", say."""
+    names = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        name = getattr(source, "name", node.name)  # up to some version a method
+        names.append(str(name() if callable(name) else name))
+    return tuple(names)
+
+
 def wraps_numpy(target: object) -> bool:
     """Whether `target`, of a graph's node, is Dynamo's wrapper for a function or method of NumPy."""
     return type(target).__module__ == "torch._dynamo.utils"

@@ -192,12 +192,20 @@ def backward_before_forward() -> Iterator[None]:
 
 
 def stock_inductor(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], options: dict[str, Any]
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    options: dict[str, Any],
+    inner_compile: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile in this process, at once, with stock Inductor."""
-    from torch._inductor.compile_fx import compile_fx
+    """Compile in this process, at once, with stock Inductor.
 
-    return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=options or None))
+    Args:
+        inner_compile: compiles AOTAutograd's graphs; None stands for Inductor.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    made = compile_fx(gm, example_inputs, inner_compile or compile_fx_inner, config_patches=options or None)
+    return cast("Callable[..., Any]", made)
 
 
 def options_of(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
-from . import inductor
+from . import inductor, packages
 
 __all__ = [
     "GENERATED",
@@ -65,8 +65,10 @@ def is_compiled_graph(value: Any) -> bool:
 
 def gpus_of(direction: Any) -> Iterator[int]:
     """The indices of the GPUs that one direction of an artifact runs on."""
-    graph = getattr(direction, "result", None)
-    if graph is not None and is_compiled_graph(graph) and set(graph.device_types) - {"cpu"}:
+    graph: Any = getattr(direction, "result", None)
+    if packages.is_package(graph):
+        yield from graph.gpus
+    elif graph is not None and is_compiled_graph(graph) and set(graph.device_types) - {"cpu"}:
         yield from (index for index in graph.device_idxs if index >= 0)
 
 

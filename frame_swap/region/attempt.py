@@ -62,6 +62,7 @@ class Attempt:
         self.artifact_bytes: int | None = None
         self.late_guards: tuple[str, ...] = ()
         self.wrappers: tuple[str, ...] = ()
+        self.artifact = self.artifact_reason = ""
         self.verified = 0
         self.profit = ""
         self.store = ""

@@ -46,6 +46,8 @@ class Summary:
     load_s = _OfLatest[float | None](None)
     install_s = _OfLatest[float | None](None)
     artifact_bytes = _OfLatest[int | None](None)
+    artifact = _OfLatest("")
+    artifact_reason = _OfLatest("")
     wrappers = _OfLatest[tuple[str, ...]](())
     verified = _OfLatest(0)
     profit = _OfLatest("")
@@ -87,6 +89,8 @@ class Compile:
             loading (on the loader thread) and installing (in a call). None until known.
         artifact_bytes: size of what the worker sent back.
         late_guards: conditions on sizes that the compile added; they are checked before its code is called.
+        artifact, artifact_reason: what the code is: "inductor" for generated Python and its kernels, "aoti" for a
+            package of AOTInductor's, "" while there is none; and why it is no package where that was wished.
         wrappers: AOTAutograd's wrappers that are still called around the code; most graphs need none.
         verified: how many calls `verify` compared with eager code and found equal.
         profit: what `profit` measured, on both sides; "" where it did not.
@@ -107,6 +111,8 @@ class Compile:
     install_s: float | None
     artifact_bytes: int | None
     late_guards: tuple[str, ...]
+    artifact: str
+    artifact_reason: str
     wrappers: tuple[str, ...]
     verified: int
     profit: str
@@ -131,8 +137,8 @@ class Region(Summary):
         eager_calls: calls that eager code has served.
         ship_s: seconds spent packing the graph, in the call; None where it was not packed.
         compiles: every compile for it, the oldest first. `queue_s`, `compile_s`, `load_s`, `install_s`,
-            `artifact_bytes`, `wrappers`, `verified`, `profit`, `store`, `worker_pid`, `compile_span` and
-            `installed_at` are those of the latest.
+            `artifact_bytes`, `artifact`, `artifact_reason`, `wrappers`, `verified`, `profit`, `store`,
+            `worker_pid`, `compile_span` and `installed_at` are those of the latest.
     """
 
     frame: str

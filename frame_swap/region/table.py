@@ -137,6 +137,8 @@ def _remarks(region: Region) -> Iterator[tuple[str, str]]:
             yield f"autotuned code: {compile.state}: {said}", ""
     if region.late_guards:
         yield f"late guards, checked before each call: {'; '.join(region.late_guards)}", ""
+    if region.artifact_reason:
+        yield f"its compiled code is no package: {region.artifact_reason}", ""
     if region.store.startswith("not kept"):
         yield f"its compiled code is {region.store}", "the next run of the program compiles it again"
     if region.wrappers:

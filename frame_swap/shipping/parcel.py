@@ -30,6 +30,7 @@ from ..internals import fake_tensors, inductor
 from ..internals.cpu import Cpu, this_cpu
 from ..runtime.identity import this_machine, this_process
 from ..runtime.patching import patched_environment
+from ..settings import Artifact
 from . import cacheable, graph, held, operators, triton_kernels
 from .checks import check_graph, check_settings
 from .echo import Audience
@@ -76,6 +77,7 @@ class Content(NamedTuple):
         custom_uuids: of settings that are code of the program's. For the digest only; a worker does not read them.
         frozen: how many of the inputs, from the first on, become constants with their values; None: Inductor does
             not freeze.
+        artifact: what it is to become, as the setting says.
     """
 
     graph: bytes
@@ -86,6 +88,7 @@ class Content(NamedTuple):
     constant_floats: tuple[str, ...]
     custom_uuids: tuple[str, ...]
     frozen: int | None
+    artifact: Artifact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +155,18 @@ class Envelope:
 
 
 def pack(
-    gm: GraphModule, example_inputs: list[Any], options: dict[str, Any], compile_id: str | None = None
+    gm: GraphModule,
+    example_inputs: list[Any],
+    options: dict[str, Any],
+    compile_id: str | None = None,
+    artifact: Artifact = "inductor",
 ) -> Parcel:
     """Serialise what a worker needs to compile `gm`.
 
     Args:
         options: changes of Inductor's config.
         compile_id: Dynamo's, as text.
+        artifact: what it is to become.
 
     Raises:
         Unshippable: with the reason.
@@ -180,7 +188,7 @@ def pack(
         floats, uuids = fake_tensors.constant_floats(), cacheable.custom_uuids(settings)
         frozen = len(tensors) if _freezes(state, settings["options"]) else None
         content = stable_pickle(
-            Content(packed, state, settings["options"], definitions, kernels, floats, uuids, frozen)
+            Content(packed, state, settings["options"], definitions, kernels, floats, uuids, frozen, artifact)
         )
         return Parcel(
             content,

@@ -36,7 +36,7 @@ class Runs:
         cache: where compiled kernels are kept, from one run to the next.
         results: where outcomes go: the path up to the mode's name.
         first: the setting `first` of frame_swap.
-        store: the setting `store`.
+        store, artifact: these settings.
         resume: whether tests that have an outcome there are left out.
     """
 
@@ -51,6 +51,7 @@ class Runs:
         resume: bool,
         first: str,
         store: str,
+        artifact: str,
     ) -> None:
         self._folder = tree / "test" / "inductor"
         self._files = files
@@ -69,6 +70,7 @@ class Runs:
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
             "FRAME_SWAP_FIRST": first,
             "FRAME_SWAP_STORE": store,
+            "FRAME_SWAP_ARTIFACT": artifact,
             "FRAME_SWAP_WORKERS": "1",  # how much goes on at a time is for `jobs` to say
             "PYTHONWARNINGS": "ignore::DeprecationWarning",
         }
@@ -137,7 +139,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     selection = "sample" if sample else "selected" if chosen.k else "all"
     results = f"{chosen.results}/torch-{torch.__version__}-{selection}"
     runs = Runs(
-        tree, files, chosen.k, chosen.jobs, chosen.cache, results, chosen.resume, chosen.first, chosen.store
+        tree,
+        files,
+        chosen.k,
+        chosen.jobs,
+        chosen.cache,
+        results,
+        chosen.resume,
+        chosen.first,
+        chosen.store,
+        chosen.artifact,
     )
 
     print(f"torch {torch.__version__}, {', '.join(files)}; outcomes go to {results}-*.jsonl", flush=True)
@@ -202,6 +213,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--first", choices=("graph", "pair"), default="graph", help="the eager code (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--artifact",
+        choices=("inductor", "aoti"),
+        default="inductor",
+        help="what compiled code is; with aoti, how many graphs are packages is said (default: %(default)s)",
     )
     parser.add_argument(
         "--file", nargs="+", default=["test_torchinductor.py"], help="files of test/inductor (default: %(default)s)"

@@ -22,6 +22,7 @@ class Outcome:
         regions: how many captured graphs ended in which state.
         foreground, failed, rejected: how many for which reason.
         stores: how many had their code from the store, or left it there, or why they did not.
+        packages: how many of the swapped are packages of AOTInductor's, or why they are none.
         wrappers: how many of the swapped are still called through which wrappers of AOTAutograd's; "" for none.
         aside: graphs that the test compiled in a way that is not a Dynamo backend's, left to stock Inductor.
         twice: how many calls were made twice and compared, and how many were not for which reason.
@@ -37,6 +38,7 @@ class Outcome:
     failed: dict[str, int] = dataclasses.field(default_factory=dict)
     rejected: dict[str, int] = dataclasses.field(default_factory=dict)
     stores: dict[str, int] = dataclasses.field(default_factory=dict)
+    packages: dict[str, int] = dataclasses.field(default_factory=dict)
     wrappers: dict[str, int] = dataclasses.field(default_factory=dict)
     aside: int = 0
     twice: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -10,10 +10,11 @@ import ast
 import contextlib
 import importlib
 import os
+import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -216,9 +217,20 @@ def _regions() -> dict[str, Any]:
         "failed": dict(reasons[State.FAILED]),
         "rejected": dict(reasons[State.REJECTED]),
         "stores": dict(Counter(r.store for r in records() if r.store)),
+        "packages": dict(_packages(r for r in records() if r.state is State.INSTALLED)),
         "wrappers": dict(Counter(", ".join(r.wrappers) for r in records() if r.state is State.INSTALLED)),
         "twice": dict(+twice.counts) if (twice := sys.modules.get(f"{__package__}.twice")) else {},
     }
+
+
+def _packages(records: Iterable[Any]) -> Counter[str]:
+    """What compiled code is, where packages of AOTInductor's were wished."""
+    from frame_swap import settings
+
+    if settings.current().artifact != "aoti":
+        return Counter()
+    reasons = (re.sub(r"\d+", "N", record.artifact_reason) for record in records)
+    return Counter(reason[:100] or "yes" for reason in reasons)
 
 
 def _forget_regions() -> None:

@@ -89,6 +89,10 @@ class Verdict:
         """How many swapped graphs are still called through which of AOTAutograd's wrappers; "" for none."""
         return self._total("wrappers")
 
+    def packages(self) -> Counter[str]:
+        """How many swapped graphs are packages of AOTInductor's, and why the others are none; empty if none is to be."""
+        return self._total("packages")
+
     def stores(self) -> Counter[str]:
         """How many graphs had their code from the store, or left it there, or why they did not."""
         return self._total("stores")
@@ -144,6 +148,7 @@ def _remarks(verdict: Verdict) -> list[str]:
         lines += [f"{state}: {count} graphs: {reason}" for reason, count in reasons.most_common()]
     for which, count in verdict.wrappers().most_common():
         lines.append(f"called {f'through AOTAutograd: {which}' if which else 'directly'}: {count} graphs")
+    lines += [f"package: {what}: {count} graphs" for what, count in verdict.packages().most_common()]
     lines += [f"store: {what}: {count} graphs" for what, count in verdict.stores().most_common()]
     lines += [f"calls {what}: {count}" for what, count in verdict.calls().most_common()]
     if verdict.aside():

@@ -38,10 +38,10 @@ def initialize(*args: Any) -> None:
 
     compile_request = compile._compile
 
-    def compile_watched(request: Request, *rest: Any) -> Any:
+    def compile_watched(request: Request, *rest: Any, **keywords: Any) -> Any:
         nonlocal aimed_at
         aimed_at = fault.only.encode() in request.content
-        return compile_request(request, *rest)
+        return compile_request(request, *rest, **keywords)
 
     def dump(result: Any, file: Any) -> None:
         """Write as usual; strike when the first half is written."""
@@ -172,3 +172,10 @@ def libraries_crash_when_loaded() -> None:
         return pickle.dumps(content)
 
     load.pickle = types.SimpleNamespace(dumps=dump_crashing, loads=pickle.loads)  # type: ignore[assignment]
+
+
+def packages_crash_when_loaded() -> None:
+    """Abort where a package of AOTInductor's is loaded."""
+    from frame_swap.internals import packages
+
+    packages.load = lambda package: os.abort()

@@ -306,6 +306,16 @@ def test_an_artifact_that_crashes_who_loads_it_crashes_the_worker(faulty: Callab
         assert fault.hits == 2
 
 
+def test_a_package_that_crashes_who_loads_it_crashes_the_worker(faulty: Callable[..., Fault]) -> None:
+    frame_swap.configure(artifact="aoti")
+    with nothing_left_behind(), torch.no_grad():
+        fault = faulty("packing", "packages_crash_when_loaded")
+        survives(
+            lambda x: x.sin() + 14, "was killed by SIGABRT while loading what it had compiled", "(tried twice)"
+        )
+        assert fault.hits == 2
+
+
 def test_idle_workers_end_and_come_back() -> None:
     frame_swap.configure(idle_timeout=0.1)
     workers.start()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...codegen.source import Source, compile_function
-from ...internals import aot, dynamo, loading
+from ...internals import aot, dynamo, loading, packages
 from ..compiled import Boxed
 
 
@@ -59,6 +59,8 @@ class Graph:
 def function_of_inductor(compiled: Any) -> Boxed:
     """The function that Inductor has generated, taken out of the objects around it."""
     graph = dynamo.without_disable(compiled)
+    if packages.is_package(graph):
+        return graph.current_callable  # type: ignore[no-any-return]
     call: Any = graph.current_callable if loading.is_compiled_graph(graph) else graph
     if call is graph or not hasattr(call, "__code__") or getattr(graph.compiled_fn_runner, "partitions", None):
         # The object deletes its runner's partitions when it goes: it has to live as long as the function does.
