@@ -5,7 +5,8 @@
 For each arm that keeps something one process fills its caches; then the arms' second processes run in turn, each
 with the caches of its arm. Each builds the model and makes one eager step, so that starting the libraries is not
 measured. Then it starts the clock, calls `torch.compile`, and makes a first step. The arms "imported" import what
-loading compiled code needs before the clock starts; the arms "frames" set `keep_frames`. At last so many processes
+loading compiled code needs before the clock starts; the arms "frames" set `keep_frames`, and "packages" sets
+`artifact="aoti"`, which is for inference. At last so many processes
 start at once with an empty store; their compiles are counted. Writes a JSON file and a picture; prints the ratios.
 """
 
@@ -48,6 +49,7 @@ ARMS = {
     "precompile": Arm("inductor", filled=True, environment={"TORCH_CACHING_PRECOMPILE": "1"}),
     "frame_swap": Arm("frame_swap", filled=True),
     "frame_swap_imported": Arm("frame_swap", filled=True, imported=True),
+    "frame_swap_packages": Arm("frame_swap", filled=True, environment={"FRAME_SWAP_ARTIFACT": "aoti"}),
     "frame_swap_frames": Arm("frame_swap", filled=True, environment=_FRAMES),
     "frame_swap_frames_imported": Arm("frame_swap", filled=True, environment=_FRAMES, imported=True),
 }
@@ -57,6 +59,7 @@ LABELS = {
     "precompile": "stock, caching_precompile",
     "frame_swap": "frame_swap",
     "frame_swap_imported": "frame_swap, Inductor imported before",
+    "frame_swap_packages": "frame_swap, packages of AOTInductor's",
     "frame_swap_frames": "frame_swap, frames kept",
     "frame_swap_frames_imported": "frame_swap, frames kept, Inductor imported before",
 }

@@ -141,7 +141,8 @@ def _start(
         with dynamo.as_no_bucket():
             delivery.arrived(found, frame_open=True)
     elif wished.when == "wait" and delivery is not None and job is not None:
-        load.prepare()  # while the worker compiles
+        if wished.artifact != "aoti":
+            load.prepare()  # while the worker compiles
         outcome = job.wait()
         with dynamo.as_no_bucket():
             delivery.arrived(outcome, frame_open=True)

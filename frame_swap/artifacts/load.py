@@ -5,12 +5,15 @@ from __future__ import annotations
 import pickle
 from typing import Any, NamedTuple
 
+import torch
+
 from ..internals import dynamo, fake_tensors, freezing, inductor, loading, packages
 from ..shipping import echo
 from ..shipping.process_state import ProcessState
 from . import folders, generated, libraries
 from .compiled import Compiled
 from .seal import seal, unseal
+from .wrappers.call import unboxed
 from .wrappers.replacement import Replacement
 
 
@@ -54,6 +57,26 @@ class Packed(NamedTuple):
     constants: dict[str, Any]
 
 
+class Bare(NamedTuple):
+    """The content of an artifact that is a package and nothing else: it is loaded without any module of Inductor's.
+
+    Attributes:
+        package, taken, repeatable: as those of `Compiled`.
+    """
+
+    package: bytes
+    taken: tuple[int, ...] | None
+    repeatable: bool
+
+    def loaded(self, *, guarded: bool) -> Compiled:
+        """What `load` returns of it."""
+        boxed = packages.taking(packages.load(self.package).boxed_run, self.taken)
+        call = unboxed(boxed)
+        if not guarded:
+            call = torch.no_grad()(call)
+        return Compiled(call, boxed if guarded else None, (), self.repeatable, "aoti", self.package, self.taken)
+
+
 def pack(entry: Any, kernels: libraries.Libraries) -> Packed:
     """Pack what one compile has made.
 
@@ -74,7 +97,9 @@ def try_out(packed: Packed, state: ProcessState, options: dict[str, Any]) -> byt
     So an artifact that crashes a process crashes the worker. Inductor forgets the modules that were loaded.
     """
     with loading.loaded_modules_forgotten(), generated.recorded() as made:
-        _load(packed.content, state, options, packed.constants, guarded=True)
+        compiled = _load(packed.content, state, options, packed.constants, guarded=True)
+    if compiled.package is not None and not compiled.wrappers:
+        return seal(pickle.dumps(Bare(compiled.package, compiled.taken, compiled.repeatable)), packed.gpus)
     return seal(pickle.dumps((packed.content, made)), packed.gpus)
 
 
@@ -103,7 +128,11 @@ def load(
     PyTorch's own `deserialize_bundled_cache_entry` does the same; but it copies the entry, to be able to serialise
     it again, which we never do.
     """
-    content, made = pickle.loads(unseal(artifact))
+    opened = pickle.loads(unseal(artifact))
+    if isinstance(opened, Bare):
+        return opened.loaded(guarded=guarded)
+    content, made = opened
+    prepare()
     with dynamo.compile_lock, generated.supplied(made):
         return _load(content, state, options, constants or {}, guarded=guarded)
 

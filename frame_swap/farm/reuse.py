@@ -175,7 +175,6 @@ class Uses:
                 state, options = pickle.loads(entry.loading)
                 if "cuda" in state.autocast and not _cuda_is_initialized():  # that is for the program to do
                     return
-                load.prepare()
                 self._loaded[place.key] = load.load(entry.artifact, state, options, guarded=True)
             except Exception as error:
                 log.info("frame-swap: %s could not be loaded ahead: %s", place.key, first_line(error))

@@ -274,8 +274,11 @@ class Service:
         self._load_soon(deliver)
 
     def _prepare_loading(self) -> None:
-        """Import what loading needs, `PATIENCE` seconds after the first compile was asked for."""
-        if not self._prepares_loading:
+        """Import what loading needs, `PATIENCE` seconds after the first compile was asked for.
+
+        A package needs nothing; a graph that is none pays for the import when it is loaded.
+        """
+        if not self._prepares_loading and settings.current().artifact != "aoti":
             self._prepares_loading = True
             timer = threading.Timer(PATIENCE, self._load_soon, [load.prepare])
             timer.daemon = True

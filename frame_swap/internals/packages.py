@@ -182,8 +182,7 @@ def _package() -> type:
 
         def post_compile(self, *_: Any) -> None:
             if self.current_callable is None:
-                run = load(self.package).boxed_run
-                self.current_callable = run if self.positions is None else _passing(run, self.positions)
+                self.current_callable = taking(load(self.package).boxed_run, self.positions)
 
         def set_triton_bundle(self, triton_bundle: Any) -> None:
             """Kernels are in the package."""
@@ -193,7 +192,11 @@ def _package() -> type:
     return Package
 
 
-def _passing(run: Callable[[list[Any]], Any], positions: Sequence[int]) -> Callable[[list[Any]], Any]:
+def taking(run: Callable[[list[Any]], Any], positions: Sequence[int] | None) -> Callable[[list[Any]], Any]:
+    """`run`, called with the inputs at these positions; None stands for all."""
+    if positions is None:
+        return run
+
     def run_with_tensors(inputs: list[Any]) -> Any:
         taken = [inputs[at] for at in positions]
         inputs.clear()

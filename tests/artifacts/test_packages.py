@@ -202,6 +202,32 @@ def test_kinds_are_not_mixed_up(tmp_path: Path) -> None:
     assert printed == [["aoti kept", "inductor kept", *found], [*found, *found]]
 
 
+SECOND = """
+import sys
+import torch
+import frame_swap
+
+frame_swap.configure(store=sys.argv[1], artifact="aoti")
+layer = torch.nn.Linear(4, 4)
+compiled, x = torch.compile(layer, backend="frame_swap"), torch.ones(3, 4)
+with torch.no_grad():
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), layer(x))
+        (region,) = frame_swap.wait().regions
+print(region.artifact, region.store, region.eager_calls, "torch._inductor.select_algorithm" in sys.modules)
+"""
+
+
+def test_a_second_process_loads_a_package_without_inductor(tmp_path: Path) -> None:
+    (tmp_path / "second.py").write_text(SECOND)
+    command = [sys.executable, "second.py", str(tmp_path / "store")]
+    printed = [
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+        for _ in range(2)
+    ]
+    assert printed == ["aoti kept 1 False", "aoti found 0 False"]
+
+
 # --- Export ---
 
 PROGRAM = """

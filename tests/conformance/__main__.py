@@ -169,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not ran:
             raise SystemExit("no test was run")
         expected = passed & ran.keys() if chosen.k else passed
-        of_mode = [Verdict(file, when, expected, ran, read_listed(when, chosen.first)) for file in files]
+        of_mode = [
+            Verdict(file, when, expected, ran, read_listed(when, chosen.first, chosen.artifact)) for file in files
+        ]
         _try_again_with_stock(runs, of_mode)
         verdicts += of_mode
     console = Console(width=None if sys.stdout.isatty() else 200)

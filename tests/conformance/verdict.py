@@ -19,12 +19,14 @@ Outcomes = Mapping[str, Outcome]
 LISTED = Path(__file__).with_name("listed.toml")
 
 
-def read_listed(when: str, first: str, path: Path = LISTED) -> dict[str, str]:
-    """The tests that may be lost in a mode and with a kind of eager code, with the reason of each."""
+def read_listed(when: str, first: str, artifact: str = "inductor", path: Path = LISTED) -> dict[str, str]:
+    """The tests that may be lost in a mode and with kinds of eager and compiled code, with the reason of each."""
     groups = [
         group
         for group in tomllib.loads(path.read_text()).get("group", [])
-        if when in group["when"] and first in group.get("first", [first])
+        if when in group["when"]
+        and first in group.get("first", [first])
+        and artifact in group.get("artifact", [artifact])
     ]
     return {test: group["reason"] for group in groups for test in group["tests"]}
 
@@ -90,7 +92,7 @@ class Verdict:
         return self._total("wrappers")
 
     def packages(self) -> Counter[str]:
-        """How many swapped graphs are packages of AOTInductor's, and why the others are none; empty if none is to be."""
+        """How many swapped graphs are AOTInductor's packages, and why others are none; empty if none is to be."""
         return self._total("packages")
 
     def stores(self) -> Counter[str]:
