@@ -105,7 +105,7 @@ def test_what_is_listed_is_of_a_mode_and_may_be_of_one_kind_of_eager_code(tmp_pa
         '[[group]]\nwhen = ["never"]\nreason = "both"\ntests = ["a"]\n'
         '[[group]]\nwhen = ["ready", "never"]\nfirst = ["graph"]\nreason = "one"\ntests = ["b"]\n'
     )
-    assert read_listed("never", "graph", path) == {"a": "both", "b": "one"}
-    assert read_listed("never", "pair", path) == {"a": "both"}
-    assert read_listed("ready", "graph", path) == {"b": "one"}
-    assert read_listed("wait", "graph", path) == {}
+    assert read_listed("never", "graph", path=path) == {"a": "both", "b": "one"}
+    assert read_listed("never", "pair", path=path) == {"a": "both"}
+    assert read_listed("ready", "graph", path=path) == {"b": "one"}
+    assert read_listed("wait", "graph", path=path) == {}
