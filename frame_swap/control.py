@@ -61,9 +61,10 @@ def export(f: Callable[..., Any], path: str | os.PathLike[str]) -> tuple[str, ..
         OSError: the file cannot be written.
     """
     code = _code_of(f)
-    found = exports.installed(code)
+    known = exports.known(code)
+    found = [one for one in known if one.serves()]
     if len(found) != 1:
-        raise RuntimeError(_why_not_one(code, len(found)))
+        raise RuntimeError(_why_not_one(code, len(found), len(known)))
     with open(path, "wb") as file:
         file.write(found[0].package)
     return found[0].inputs
@@ -80,7 +81,8 @@ def _code_of(f: Any) -> CodeType:
     return code
 
 
-def _why_not_one(code: CodeType, packages: int) -> str:
+def _why_not_one(code: CodeType, packages: int, known: int) -> str:
+    """Args: how many packages serve `code`, and how many were made for it."""
     name = name_of(code)
     if packages:
         return (
@@ -96,6 +98,8 @@ def _why_not_one(code: CodeType, packages: int) -> str:
     if row.artifact != "aoti":
         why = row.artifact_reason or 'frame_swap.configure(artifact="aoti") asks for one, before the first call'
         return f"{name} has no package: {why}"
+    if known:
+        return f"the package of {name} has left Dynamo's cache: call it once more"
     wrappers = ", ".join(row.wrappers) or "inputs that change, and outputs that are views of inputs"
     return f"the package of {name} is no program by itself: AOTAutograd's wrappers remain for {wrappers}"
 

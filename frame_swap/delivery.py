@@ -19,6 +19,7 @@ import functools
 import logging
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 
 from . import guards, settings
 from .artifacts import exports, load
+from .artifacts.compiled import Compiled
 from .checking import repro
 from .checking.profit import Measurement
 from .checking.trial import Trial
@@ -202,6 +204,20 @@ class Delivery:
             self._give_up(Event.FAILED, f"loading its compiled code failed: {type(error).__name__}: {error}")
         return None
 
+    def _keep_for_export(self, compiled: Compiled) -> None:
+        """Let `frame_swap.export` find a package that is about to serve, if all its inputs are the frame's."""
+        order, attempt = self._order, self._attempt
+        if compiled.package is None or order.code is None or order.parcel.held:
+            return
+        taken = range(len(order.inputs)) if compiled.taken is None else compiled.taken
+        runner = weakref.ref(getattr(compiled.boxed, "__self__", compiled.boxed))  # dies with the frame's code
+
+        def serves() -> bool:
+            return runner() is not None and attempt.state is State.INSTALLED
+
+        inputs = tuple(order.inputs[at] for at in taken)
+        exports.keep(order.code, exports.Installed(compiled.package, inputs, serves))
+
     def _loaded(self, trampoline: Trampoline, outcome: Outcome, frame_open: bool) -> Offer:
         order, attempt = self._order, self._attempt
         assert outcome.artifact is not None
@@ -214,10 +230,7 @@ class Delivery:
             compiled = load.load(outcome.artifact, order.parcel.state, order.options, constants, guarded=guarded)
         attempt.wrappers = compiled.wrappers
         attempt.artifact, attempt.artifact_reason = compiled.kind, outcome.unpackaged
-        if compiled.package is not None and order.code is not None:
-            inputs = [order.inputs[at] for at in compiled.taken or range(len(order.inputs))]
-            installed = exports.Installed(compiled.package, tuple(inputs), lambda: attempt.state is State.INSTALLED)
-            exports.keep(order.code, installed)
+        self._keep_for_export(compiled)
         trials = tuple(self._trials(compiled.call))
         compiled = compiled.holding(order.parcel.held)
         if not order.repeatable:

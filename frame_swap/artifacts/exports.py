@@ -2,7 +2,7 @@
 
 Guarantees:
 - Nothing here keeps a function of the user's, or its code, alive.
-- `installed` may be called on any thread.
+- Each function may be called on any thread.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ def keep(code: CodeType, installed: Installed) -> None:
         _of.setdefault(code, []).append(installed)
 
 
-def installed(code: CodeType) -> list[Installed]:
-    """The packages that serve frames of `code`, the oldest first."""
+def known(code: CodeType) -> list[Installed]:
+    """The packages that were made for frames of `code`, the oldest first."""
     with _lock:
-        known = list(_of.get(code, ()))
-    return [one for one in known if one.serves()]
+        return list(_of.get(code, ()))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from . import inductor
 
@@ -72,9 +73,19 @@ def _lower(gm: GraphModule, inputs: list[Any], keywords: dict[str, Any]) -> list
     from torch._inductor import compile_fx, config
     from torch._inductor.virtualized import V
 
-    with V.set_aot_compilation(True), config.patch(cpp_wrapper=True):
+    (output,) = gm.graph.find_nodes(op="output")
+    specs = {
+        "aot_inductor.serialized_in_spec": _spec(((None,) * len(inputs), {})),
+        "aot_inductor.serialized_out_spec": _spec((None,) * len(output.args[0])),
+    }
+    with V.set_aot_compilation(True), config.patch(cpp_wrapper=True, **specs):
         files: Any = compile_fx.compile_fx_inner(gm, inputs, **keywords)
     return list(files.filename)
+
+
+def _spec(tree: Any) -> str:
+    """How Python's `aoti_load_package` finds tensors in the arguments of a call, and makes the result of them."""
+    return pytree.treespec_dumps(pytree.tree_structure(tree, is_leaf=lambda leaf: leaf is None))
 
 
 def _zipped(files: list[Any]) -> bytes:

@@ -190,6 +190,7 @@ for kind in ("aoti", "inductor", "aoti", "inductor"):
 """
 
 
+@pytest.mark.long
 def test_kinds_are_not_mixed_up(tmp_path: Path) -> None:
     """Neither by the store nor by PyTorch's caches, nor in another process."""
     (tmp_path / "kinds.py").write_text(KINDS)
@@ -272,6 +273,18 @@ def test_a_program_in_c_plus_plus_runs_what_is_exported(tmp_path: Path) -> None:
     subprocess.run(["g++", "-std=c++20", "-O0", *includes, str(source), "-o", str(program), *libraries], check=True)
     done = subprocess.run([str(program), str(package)], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("1 [5, 3] 45\n", 0), done.stderr
+
+
+def test_what_has_left_dynamo_s_cache_is_not_exported(tmp_path: Path) -> None:
+    def f(x: Tensor) -> Tensor:
+        return x.tan()
+
+    with torch.no_grad():
+        compiled = swapped(f, torch.rand(3))
+    assert frame_swap.export(compiled, tmp_path / "package.pt2") == ("L['x']",)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="has left Dynamo's cache"):
+        frame_swap.export(compiled, tmp_path / "package.pt2")
 
 
 def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:

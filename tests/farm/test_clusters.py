@@ -161,6 +161,7 @@ def can_have_containers() -> bool:
     )
 
 
+@pytest.mark.long
 def test_machines_that_share_neither_folders_nor_numbers_of_processes(cluster: Cluster, tmp_path: Path) -> None:
     if not can_have_containers():
         pytest.skip("needs the right to make namespaces")

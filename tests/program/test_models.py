@@ -10,6 +10,8 @@ import torch
 from helpers import Subject, Wrap, through_swap
 from torch import Tensor, nn
 
+import frame_swap
+
 pytestmark = pytest.mark.usefixtures("unpadded")
 
 DEEP = {"rtol": 1e-4, "atol": 1e-5}
@@ -123,3 +125,18 @@ def test_model_through_the_swap(build: Build, device: str) -> None:
         return Subject(call, [lambda: (inputs(),)], model, DEEP)
 
     assert len(through_swap(trained_and_asked, device=device)) == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("build", [bert, gpt2, vit, our_own], ids=lambda build: build.__name__)
+def test_model_as_a_package(build: Build, device: str) -> None:
+    frame_swap.configure(artifact="aoti")
+
+    def inference(compiled: Wrap) -> Subject:
+        model, inputs = build()
+        call = compiled(model.eval())
+        return Subject(lambda inputs: call(**inputs), [lambda: (inputs(),)], model, DEEP)
+
+    with torch.no_grad():
+        (record,) = through_swap(inference, device=device)
+    assert [(one.artifact, one.artifact_reason) for one in record.attempts] == [("aoti", "")]
