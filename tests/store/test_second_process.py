@@ -42,7 +42,17 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-SLOW = ("bert", "gpt2", "vit", "inference", "a conditional", "floats that change", "our_own", "opt_in")
+SLOW = (
+    "bert",
+    "gpt2",
+    "vit",
+    "inference",
+    "a conditional",
+    "floats that change",
+    "our_own",
+    "opt_in",
+    "graph breaks",
+)
 """In the names of programs that take what others take, too, and are run with --long."""
 
 NAMES = [
