@@ -8,6 +8,7 @@ through_swap(doubles, device=device)
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -56,6 +57,14 @@ def until(condition: Callable[[], bool], timeout: float = 100.0) -> None:
 
 Make = Callable[[Wrap], Subject]
 """Builds a subject; applies the given wrapper to the function or module under test."""
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
 
 
 def as_is(target: Any, **_: Any) -> Any:

@@ -169,6 +169,16 @@ def test_without_the_setting_there_is_none() -> None:
     assert (region().artifact, region().artifact_reason) == ("inductor", "")
 
 
+def printed_twice(program: str, folder: Path) -> list[list[str]]:
+    """The lines that a program prints, in each of two processes that share a store."""
+    (folder / "program.py").write_text(program)
+    command = [sys.executable, "program.py", str(folder / "store")]
+    return [
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.splitlines()
+        for _ in range(2)
+    ]
+
+
 KINDS = """
 import sys
 import torch
@@ -193,12 +203,7 @@ for kind in ("aoti", "inductor", "aoti", "inductor"):
 @pytest.mark.long
 def test_kinds_are_not_mixed_up(tmp_path: Path) -> None:
     """Neither by the store nor by PyTorch's caches, nor in another process."""
-    (tmp_path / "kinds.py").write_text(KINDS)
-    command = [sys.executable, "kinds.py", str(tmp_path / "store")]
-    printed = [
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.splitlines()
-        for _ in range(2)
-    ]
+    printed = printed_twice(KINDS, tmp_path)
     found = ["aoti found", "inductor found"]
     assert printed == [["aoti kept", "inductor kept", *found], [*found, *found]]
 
@@ -220,13 +225,8 @@ print(region.artifact, region.store, region.eager_calls, "torch._inductor.select
 
 
 def test_a_second_process_loads_a_package_without_inductor(tmp_path: Path) -> None:
-    (tmp_path / "second.py").write_text(SECOND)
-    command = [sys.executable, "second.py", str(tmp_path / "store")]
-    printed = [
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
-        for _ in range(2)
-    ]
-    assert printed == ["aoti kept 1 False", "aoti found 0 False"]
+    printed = printed_twice(SECOND, tmp_path)
+    assert printed == [["aoti kept 1 False"], ["aoti found 0 False"]]
 
 
 # --- Export ---

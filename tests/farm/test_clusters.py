@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import until
+from helpers import free_port, until
 from torch import Tensor
 
 import frame_swap
@@ -34,13 +33,6 @@ from frame_swap.shipping import parcel
 
 PLAIN = ("PATH", "LD_LIBRARY_PATH", "LANG")
 """Variables that a worker has, like any process of its machine."""
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
 
 
 class Cluster:

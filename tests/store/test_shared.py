@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import free_port
 
 from frame_swap import FrameSwapWarning
 from frame_swap.artifacts.seal import seal_for
@@ -30,13 +31,6 @@ OTHER = "1" * 64
 ENTRY = Entry(b"artifact", b"late guards", b"loading", b"echo")
 
 Machine = Callable[..., Shared]
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
 
 
 class Server:
