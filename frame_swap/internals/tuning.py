@@ -12,7 +12,7 @@ import copy
 import importlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import gpu
@@ -45,50 +45,93 @@ def winners_kept() -> Iterator[None]:
     bundler: Any = importlib.import_module("torch._inductor.triton_bundler").TritonBundler
     path_key: Any = importlib.import_module("torch._inductor.runtime.runtime_utils").triton_hash_to_path_key
     autotuner = heuristics.CachingAutotuner
-    put, collect = (vars(bundler)[name] for name in ("put_static_autotuner", "collect_static_autotuners"))
+    put, collect = (vars(bundler)[name] for name in ("put_static_autotuner", "collect"))
     make_launchers = autotuner._make_launchers
-    tuned: dict[int, Any] = {}  # kernels by the id of the copy that is serialised
-    compiled: dict[int, tuple[Any, list[Any]]] = {}  # by a kernel's id: it, and what it was compiled to
+    tuned = Tuned(heuristics.triton_config_to_hashable)
 
     def put_and_note(cls: Any, key: str, kernel: Any) -> None:
         put.__func__(cls, key, kernel)
         if cls._static_autotuners:
-            tuned[id(cls._static_autotuners[-1].kernel)] = kernel
+            tuned.is_serialised_as(kernel, cls._static_autotuners[-1])
 
     def copy_and_make_launchers(kernel: Any) -> None:
-        # To load a kernel is to forget where its binary is.
         if len(kernel.launchers) != len(kernel.compile_results) and kernel.is_statically_launchable():
-            compiled[id(kernel)] = kernel, copy.deepcopy(kernel.compile_results)
+            tuned.is_to_be_loaded(kernel)
         make_launchers(kernel)
 
     def collect_winners(cls: Any) -> Any:
-        for entry in cls._static_autotuners or ():
-            kernel = tuned.get(id(entry.kernel))
-            if kernel is None or len(kernel.launchers) != 1:
-                log.info("frame-swap: %s was not tuned: its first call will do it", entry.kernel.fn.__name__)
-                continue
-            winner = heuristics.triton_config_to_hashable(kernel.launchers[0].config)
-            _, results = compiled.get(id(kernel), (None, []))
-            if len(results) < 2:
-                continue
-            for result in results:
-                if heuristics.triton_config_to_hashable(result.config) == winner:
-                    entry.kernel.compile_results = [result]
-                    # Or the program would look for further configs.
-                    entry.kernel.inductor_meta = {**entry.kernel.inductor_meta, "dynamic_scale_rblock": False}
-                    entry.kernel.prepare_for_caching()
-                    bundler.put(path_key(result.kernel.hash), entry.kernel.triton_meta.get("device", 0))
-                    break
+        if cls._static_autotuners:
+            cls._static_autotuners, lost = tuned.winners(cls._static_autotuners)
+            binaries = {path_key(one) for one in lost}
+            cls._entries = [e for e in dict.fromkeys(cls._entries or ()) if e.kernel_hash not in binaries]
+            cls._winners = None  # a newer PyTorch's own choice, of the kernels that it has seen running
         return collect.__func__(cls)
 
     bundler.put_static_autotuner = classmethod(put_and_note)
-    bundler.collect_static_autotuners = classmethod(collect_winners)
+    bundler.collect = classmethod(collect_winners)
     autotuner._make_launchers = copy_and_make_launchers
     try:
         yield
     finally:
-        bundler.put_static_autotuner, bundler.collect_static_autotuners = put, collect
+        bundler.put_static_autotuner, bundler.collect = put, collect
         autotuner._make_launchers = make_launchers
+
+
+class Tuned:
+    """What the kernels of one compile were compiled to, and which of their configs won.
+
+    Inductor compiles a kernel twice: to tune it, and to try out the code. The second time it looks up the winner;
+    in torch 2.11 it finds none that it has added itself, since the first configs took too many registers.
+    """
+
+    def __init__(self, name_of: Callable[[Any], Any]) -> None:
+        """With a function that returns a config's name, which can be compared."""
+        self._name_of = name_of
+        self._kernels: dict[int, Any] = {}  # by the id of the entry in which a copy is serialised
+        self._compiled: dict[int, tuple[Any, dict[Any, Any]]] = {}  # by a kernel's id: it, and results by config
+
+    def is_serialised_as(self, kernel: Any, entry: Any) -> None:
+        """A copy of `kernel` goes into `entry` of the bundle."""
+        self._kernels[id(entry)] = kernel
+
+    def is_to_be_loaded(self, kernel: Any) -> None:
+        """Copy what `kernel` was compiled to. To load it is to forget where its binaries are."""
+        _, results = self._compiled.setdefault(id(kernel), (kernel, {}))
+        for result in kernel.compile_results:
+            name = self._name_of(result.config)
+            if name not in results:
+                results[name] = copy.deepcopy(result)
+
+    def winners(self, entries: list[Any]) -> tuple[list[Any], set[str]]:
+        """One entry for each kernel, with the config that won alone; and the hashes of what has lost."""
+        chosen: dict[str, Any] = {}
+        for entry in entries:
+            if self._narrowed(entry):
+                chosen[entry.cache_key] = entry
+            else:
+                chosen.setdefault(entry.cache_key, entry)
+        hashes = {result.kernel.hash for _, results in self._compiled.values() for result in results.values()}
+        for entry in chosen.values():
+            results = entry.kernel.compile_results
+            hashes -= {result.kernel.hash for result in results}
+            if len(results) > 1:
+                log.info("frame-swap: %s was not tuned: its first call will do it", entry.kernel_name)
+        return list(chosen.values()), hashes
+
+    def _narrowed(self, entry: Any) -> bool:
+        """Leave the winner alone in an entry; False if none is known."""
+        kernel = self._kernels.get(id(entry))
+        if kernel is None or len(kernel.launchers) != 1:
+            return False
+        _, results = self._compiled.get(id(kernel), (None, {}))
+        winner = results.get(self._name_of(kernel.launchers[0].config))
+        if winner is None:
+            return False
+        entry.kernel.compile_results = [winner]
+        # Or the program would look for further configs.
+        entry.kernel.inductor_meta = {**entry.kernel.inductor_meta, "dynamic_scale_rblock": False}
+        entry.kernel.prepare_for_caching()
+        return True
 
 
 @contextlib.contextmanager
