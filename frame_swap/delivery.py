@@ -39,9 +39,10 @@ from .farm.protocol import Outcome
 from .farm.queue import Demand
 from .farm.service import Job, service
 from .internals import dynamo, eager, fake_tensors, inductor
+from .internals.cuda_graphs import Recording
 from .late_guards.condition import condition_of
 from .late_guards.specialiser import Specialiser
-from .region import Attempt, Event, Purpose, Record, State
+from .region import Attempt, Event, Purpose, Record, State, is_quiet
 from .serving.plan import Offer, Served
 from .serving.trampoline import Trampoline
 from .shipping import echo, values
@@ -227,7 +228,16 @@ class Delivery:
             constants = values.load(outcome.constants) if outcome.constants is not None else None
             if order.parcel.frozen and self._changes != self._changes_of_held():
                 raise UnusableArtifact("a parameter has changed since its value became a constant of the code")
-            compiled = load.load(outcome.artifact, order.parcel.state, order.options, constants, guarded=guarded)
+            # Where each first call waits, no other graph is awaited when code runs.
+            attempt.recording = Recording(is_quiet) if order.settings.when != "wait" else None
+            compiled = load.load(
+                outcome.artifact,
+                order.parcel.state,
+                order.options,
+                constants,
+                guarded=guarded,
+                recording=attempt.recording,
+            )
         attempt.wrappers = compiled.wrappers
         attempt.artifact, attempt.artifact_reason = compiled.kind, outcome.unpackaged
         self._keep_for_export(compiled)

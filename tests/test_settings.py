@@ -195,9 +195,8 @@ def test_the_report_is_a_table_and_json() -> None:
     report = frame_swap.wait()
     (row,) = json.loads(json.dumps(report.as_dict()))["regions"]
     columns = "frame compile_id state reason eager eager_reason eager_calls ship_s queue_s compile_s load_s"
-    columns += " install_s artifact_bytes artifact artifact_reason late_guards artifacts wrappers verified profit"
-    columns += " store worker_pid"
-    columns += " compile_span installed_at compiles"
+    columns += " install_s artifact_bytes artifact artifact_reason late_guards artifacts wrappers cuda_graphs"
+    columns += " verified profit store worker_pid compile_span installed_at compiles"
     assert set(row) == set(columns.split())
     assert row["state"] == "installed"
     assert row["compile_s"] > 0

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..internals import dynamo, fake_tensors, freezing, inductor, loading, packages
+from ..internals import cuda_graphs, dynamo, fake_tensors, freezing, inductor, loading, packages
 from ..shipping import echo
 from ..shipping.process_state import ProcessState
 from . import folders, generated, libraries
@@ -110,6 +110,7 @@ def load(
     constants: dict[str, Any] | None = None,
     *,
     guarded: bool,
+    recording: cuda_graphs.Recording | None = None,
 ) -> Compiled:
     """Load a worker's artifact: compiled forward and backward, in the wrappers that its graph needs.
 
@@ -120,6 +121,7 @@ def load(
         options: changes of Inductor's config, as `inductor.options_of` returns them.
         constants: those that came beside the artifact.
         guarded: whether grad mode is the same at each call as at capture. A frame's guards make sure of that.
+        recording: says when its CUDA graphs are recorded; None where in its first calls.
 
     Raises:
         UnusableArtifact: the artifact is damaged, or made for another installation or machine. Nothing of it has
@@ -133,7 +135,7 @@ def load(
         return opened.loaded(guarded=guarded)
     content, made = opened
     prepare()
-    with dynamo.compile_lock, generated.supplied(made):
+    with dynamo.compile_lock, generated.supplied(made), cuda_graphs.put_off(recording):
         return _load(content, state, options, constants or {}, guarded=guarded)
 
 

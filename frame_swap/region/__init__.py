@@ -1,7 +1,7 @@
 """Regions: captured graphs, the compiles made for each, and the table of what may happen to them."""
 
 from .attempt import Attempt
-from .record import Record, records, wait_for_compiles
+from .record import Record, is_quiet, records, wait_for_compiles
 from .report import Compile, Region, Report
 from .states import Event, IllegalTransition, Purpose, State
 from .under_way import capturing
@@ -17,6 +17,7 @@ __all__ = [
     "Report",
     "State",
     "capturing",
+    "is_quiet",
     "records",
     "wait_for_compiles",
 ]

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..internals.cuda_graphs import Recording
 from ..internals.phases import Phase
 from .journal import Journal, News, tell
 from .registry import changed, lock
@@ -49,6 +50,7 @@ class Attempt:
         begun_at: when a worker began with it, in seconds since the epoch; None before, and in a user's executor.
         phases: of the compile in the worker.
         journal: of what was done for it in this process.
+        recording: of its CUDA graphs, if it has any.
         untold: whether its state has changed, and a thread is about to say so.
     """
 
@@ -73,6 +75,7 @@ class Attempt:
         self.begun_at: float | None = None
         self.phases: tuple[Phase, ...] = ()
         self.journal = Journal()
+        self.recording: Recording | None = None
         self.untold = False
         self._cancel: Callable[[], None] | None = None
 
@@ -88,6 +91,11 @@ class Attempt:
     def install_s(self) -> float | None:
         """Seconds spent installing; None until it is over."""
         return self.journal.seconds("install")
+
+    @property
+    def cuda_graphs(self) -> str:
+        """Whether its CUDA graphs are recorded, and what that took; "" where it has none."""
+        return str(self.recording or "")
 
     @property
     def tier(self) -> str:

@@ -23,7 +23,7 @@ from .attempt import Attempt
 from .journal import Journal
 from .registry import changed, lock
 from .report import Region, Summary
-from .states import Event, State, leading
+from .states import Event, Purpose, State, leading
 from .under_way import capturing, name_of
 
 
@@ -177,6 +177,14 @@ def wait_for_compiles(timeout: float | None = None) -> bool:
     """Block until no capture and no compile is awaited; False when `timeout` seconds passed first."""
     with lock:
         return changed.wait_for(lambda: not capturing() and not any(r.awaited for r in _records), timeout)
+
+
+def is_quiet() -> bool:
+    """Whether no frame is being captured, and each graph has got its compiled code, if not the best."""
+    with lock:
+        attempts = (attempt for record in _records for attempt in record.attempts)
+        awaited = (a.state is State.PENDING and a.purpose is not Purpose.BETTER for a in attempts)
+        return not capturing() and not any(awaited)
 
 
 def _after_fork_in_child() -> None:

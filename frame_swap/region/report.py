@@ -49,6 +49,7 @@ class Summary:
     artifact = _OfLatest("")
     artifact_reason = _OfLatest("")
     wrappers = _OfLatest[tuple[str, ...]](())
+    cuda_graphs = _OfLatest("")
     verified = _OfLatest(0)
     profit = _OfLatest("")
     store = _OfLatest("")
@@ -92,6 +93,8 @@ class Compile:
         artifact, artifact_reason: what the code is: "inductor" for generated Python and its kernels, "aoti" for a
             package of AOTInductor's, "" while there is none; and why it is no package where that was wished.
         wrappers: AOTAutograd's wrappers that are still called around the code; most graphs need none.
+        cuda_graphs: whether its CUDA graphs are recorded, after how many calls without, and how long the calls took
+            that did it; "" where it has none.
         verified: how many calls `verify` compared with eager code and found equal.
         profit: what `profit` measured, on both sides; "" where it did not.
         store: "found" where an earlier run or another process has compiled it, "kept" where it is in the store for
@@ -114,6 +117,7 @@ class Compile:
     artifact: str
     artifact_reason: str
     wrappers: tuple[str, ...]
+    cuda_graphs: str
     verified: int
     profit: str
     store: str
@@ -137,8 +141,8 @@ class Region(Summary):
         eager_calls: calls that eager code has served.
         ship_s: seconds spent packing the graph, in the call; None where it was not packed.
         compiles: every compile for it, the oldest first. `queue_s`, `compile_s`, `load_s`, `install_s`,
-            `artifact_bytes`, `artifact`, `artifact_reason`, `wrappers`, `verified`, `profit`, `store`,
-            `worker_pid`, `compile_span` and `installed_at` are those of the latest.
+            `artifact_bytes`, `artifact`, `artifact_reason`, `wrappers`, `cuda_graphs`, `verified`, `profit`,
+            `store`, `worker_pid`, `compile_span` and `installed_at` are those of the latest.
     """
 
     frame: str

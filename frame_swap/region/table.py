@@ -141,6 +141,8 @@ def _remarks(region: Region) -> Iterator[tuple[str, str]]:
         yield f"its compiled code is no package: {region.artifact_reason}", ""
     if region.store.startswith("not kept"):
         yield f"its compiled code is {region.store}", "the next run of the program compiles it again"
+    if region.cuda_graphs:
+        yield f"CUDA graphs: {region.cuda_graphs}", ""
     if region.wrappers:
         yield f"AOTAutograd's wrappers remain for {', '.join(region.wrappers)}", ""
 
