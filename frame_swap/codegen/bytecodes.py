@@ -14,7 +14,7 @@ from typing import TypeGuard, cast
 
 from bytecode import Bytecode, ControlFlowGraph, Instr, Label
 
-from ..runtime import machine
+from ..runtime import rests
 
 NULL_ABOVE = 1 if sys.version_info >= (3, 13) else 0
 """How many NULLs are on the stack between a callee and its arguments."""
@@ -27,18 +27,18 @@ _POP_JUMP_IF = "POP_JUMP_FORWARD_IF" if sys.version_info < (3, 12) else "POP_JUM
 
 def from_code(code: CodeType) -> Bytecode:
     """The instructions of `code`. A hundredth of a second for a frame with some hundred inputs, or more."""
-    return machine.in_one_piece(functools.partial(Bytecode.from_code, code))
+    return rests.in_one_piece(functools.partial(Bytecode.from_code, code))
 
 
 def to_code(instructions: Bytecode) -> CodeType:
     """`instructions.to_code()`, in pieces between which the program's threads may run."""
-    graph = machine.in_one_piece(functools.partial(ControlFlowGraph.from_bytecode, instructions))
-    depth = machine.in_one_piece(functools.partial(graph.compute_stacksize, compute_exception_stack_depths=True))
-    in_order = machine.in_one_piece(graph.to_bytecode)
+    graph = rests.in_one_piece(functools.partial(ControlFlowGraph.from_bytecode, instructions))
+    depth = rests.in_one_piece(functools.partial(graph.compute_stacksize, compute_exception_stack_depths=True))
+    in_order = rests.in_one_piece(graph.to_bytecode)
     make = functools.partial(in_order.to_concrete_bytecode, compute_exception_stack_depths=False)
-    concrete = machine.in_one_piece(make)
+    concrete = rests.in_one_piece(make)
     finish = functools.partial(concrete.to_code, stacksize=depth, compute_exception_stack_depths=False)
-    return machine.in_one_piece(finish)
+    return rests.in_one_piece(finish)
 
 
 def find(instructions: Bytecode, matches: Callable[[Instr], bool]) -> list[int]:

@@ -39,7 +39,7 @@ from .. import settings
 from ..artifacts import load
 from ..errors import first_line
 from ..internals import dynamo, probe
-from ..runtime import forks, machine
+from ..runtime import forks, machine, rests
 from ..shipping import values
 from ..shipping.parcel import Parcel
 from .compile import compile_graph
@@ -287,7 +287,7 @@ class Service:
 
     def _load_soon(self, call: Callable[[], None]) -> None:
         """Have the loader thread call it, with rests: the program makes its steps meanwhile."""
-        self._load_at_once(functools.partial(machine.with_rests, call, lambda: self._in_a_hurry > 0))
+        self._load_at_once(functools.partial(rests.with_rests, call, lambda: self._in_a_hurry > 0))
 
     def _load_at_once(self, call: Callable[[], None]) -> None:
         with self._lock:

@@ -14,10 +14,8 @@ import os
 import sys
 import sysconfig
 import threading
-import time
 from collections.abc import Callable
-from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 NICENESS = 1
 """By how much the priority of workers and their compilers is below the program's. Where they have a core of their
@@ -67,62 +65,12 @@ def crowded_by(workers: int) -> bool:
 
 
 WORK = 0.001
-"""Seconds that the loader's thread works, then to rest for as long. A thread that calls operators gives the GIL
-away in each, some thousand times a step, and waits `SWITCH_INTERVAL` for it where another thread works on: beside
-an import of 0.5 s, a step of 6 ms took up to 218 ms, and with rests 13 (3000 small operators, CPU, Python 3.11)."""
+"""Seconds that the loader's thread works, then to rest for as long (rests.py). A thread that calls operators gives
+the GIL away in each, some thousand times a step, and waits `SWITCH_INTERVAL` for it where another thread works on:
+beside an import of 0.7 s, a step of 1.7 ms took up to 160 ms, and with rests 10 (1200 small operators, CPU, Python
+3.11)."""
 
 T = TypeVar("T")
-
-
-class _Rests:
-    """A profiler that rests: Python calls it with each call and each return in its thread."""
-
-    def __init__(self, in_a_hurry: Callable[[], bool]) -> None:
-        self.since = time.perf_counter()
-        self._in_a_hurry = in_a_hurry
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        if time.perf_counter() - self.since > WORK and not self.rest():
-            sys.setprofile(None)
-
-    def rest(self) -> bool:
-        """Sleep for as long as this thread has worked since its last rest; False where it is in a hurry."""
-        if self._in_a_hurry():
-            return False
-        time.sleep(time.perf_counter() - self.since)
-        self.since = time.perf_counter()
-        return True
-
-
-def with_rests(call: Callable[[], T], in_a_hurry: Callable[[], bool]) -> T:
-    """Return `call()`, and sleep after each `WORK` seconds for as long, until `in_a_hurry()`.
-
-    Where the thread is profiled already (`sys.setprofile`), it does not rest.
-    """
-    if sys.getprofile() is not None or in_a_hurry():
-        return call()
-    sys.setprofile(_Rests(in_a_hurry))
-    try:
-        return call()
-    finally:
-        sys.setprofile(None)
-
-
-def in_one_piece(call: Callable[[], T]) -> T:
-    """Return `call()`; where this thread works with rests, it has none within, and one after.
-
-    To look at the clock at each call makes code of many small calls three times as slow. It is for what takes some
-    hundredths of a second at most.
-    """
-    rests = sys.getprofile()
-    if not isinstance(rests, _Rests):
-        return call()
-    sys.setprofile(None)
-    try:
-        return call()
-    finally:
-        if rests.rest():
-            sys.setprofile(rests)
 
 
 def run_courteously(call: Callable[[], T]) -> T:

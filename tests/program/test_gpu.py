@@ -19,6 +19,7 @@ from torch.library import custom_op
 
 import frame_swap
 from frame_swap import FrameSwapWarning, State
+from frame_swap.region import records
 
 pytestmark = pytest.mark.gpu
 
@@ -192,6 +193,46 @@ def test_cuda_graphs_of_what_is_opted_in(train: bool, monkeypatch: pytest.Monkey
     assert region.eager_calls == 1
     with torch.set_grad_enabled(train):
         assert is_direct(lambda: opted(x))
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_cuda_graphs_are_recorded_when_no_other_graph_is_awaited(
+    train: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame_swap.configure(when="manual")
+    replays = replays_noted(monkeypatch)
+    model = Mlp().cuda()
+    compiled = torch.compile(model, backend="frame_swap", mode="reduce-overhead")
+    aligned = torch.randn(16, 64, device="cuda")
+    shifted = torch.empty(16 * 64 + 1, device="cuda")[1:].view(16, 64).copy_(aligned)
+
+    def step(call: torch.nn.Module, x: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.set_grad_enabled(train):
+            out = call(x)
+        if train:
+            out.square().mean().backward()
+        return [t.detach().clone() for t in (out, *(p.grad for p in model.parameters() if p.grad is not None))]
+
+    expected = step(model, aligned)
+    step(compiled, aligned)
+    wait_for_all()
+    swap_all()
+    frame_swap.configure(when="manual", delay=3600)
+    with torch.no_grad():
+        torch.compile(sine, backend="frame_swap", mode="reduce-overhead")(aligned)
+    for x in (aligned, shifted, aligned):
+        torch.testing.assert_close(step(compiled, x), expected, rtol=1e-3, atol=1e-4)
+    assert not replays
+    said = frame_swap.report().regions[0].cuda_graphs
+    assert said == "not yet recorded, since other graphs are awaited: 3 calls without"
+
+    records()[1].abandon("it is not awaited any more")
+    for _ in range(4):  # warms up, records, replays
+        torch.testing.assert_close(step(compiled, aligned), expected, rtol=1e-3, atol=1e-4)
+    assert len(replays) >= 2 * (1 + train)
+    assert frame_swap.report().regions[0].cuda_graphs.startswith("recorded after 3 calls without, within calls of ")
 
 
 @custom_op("gpu_test::uncapturable", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-import time
 
 import pytest
 
@@ -103,70 +102,3 @@ def test_objects_that_the_program_has_frozen_stay_frozen() -> None:
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
-
-
-def work(calls: int) -> int:
-    """Make calls, each of them short."""
-    return sum(abs(number) for number in range(calls))
-
-
-@pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    seconds: list[float] = []
-    here, usual = threading.get_ident(), time.sleep
-
-    def sleep(length: float) -> None:  # other threads of the process sleep as usual
-        (seconds.append if threading.get_ident() == here else usual)(length)
-
-    monkeypatch.setattr(machine.time, "sleep", sleep)
-    return seconds
-
-
-def test_who_works_with_rests_rests_for_as_long_as_it_has_worked(slept: list[float]) -> None:
-    assert machine.with_rests(lambda: work(100_000), lambda: False) == work(100_000)
-    assert slept
-    assert min(slept) >= machine.WORK
-    assert sys.getprofile() is None
-
-
-def test_who_is_in_a_hurry_does_not_rest(slept: list[float]) -> None:
-    machine.with_rests(lambda: work(100_000), lambda: True)
-    assert slept == []
-
-
-def test_a_hurry_that_begins_ends_the_rests(slept: list[float]) -> None:
-    machine.with_rests(lambda: work(200_000), lambda: len(slept) == 2)
-    assert len(slept) == 2
-
-
-def test_rests_end_with_an_error_too(slept: list[float]) -> None:
-    with pytest.raises(ZeroDivisionError):
-        machine.with_rests(lambda: 1 // 0, lambda: False)
-    assert sys.getprofile() is None
-
-
-def test_a_thread_that_is_profiled_keeps_its_profiler(slept: list[float]) -> None:
-    seen: list[str] = []
-
-    def profiler(frame: object, event: str, argument: object) -> None:
-        seen.append(event)
-
-    sys.setprofile(profiler)
-    try:
-        machine.with_rests(lambda: work(100_000), lambda: False)
-        assert sys.getprofile() is profiler
-    finally:
-        sys.setprofile(None)
-    assert slept == []
-    assert seen
-
-
-def test_one_piece_has_no_rest_within_and_one_after(slept: list[float]) -> None:
-    def piecewise() -> int:
-        del slept[:]
-        machine.in_one_piece(lambda: work(100_000))
-        return len(slept)
-
-    assert machine.with_rests(piecewise, lambda: False) == 1
-    assert machine.in_one_piece(lambda: work(10)) == work(10), "without rests it is a call"
-    assert sys.getprofile() is None
