@@ -15,7 +15,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
-from ..internals import loading
+from ..internals import generated_code, loading
 from ..runtime.patching import patched
 
 
@@ -24,11 +24,13 @@ class Generated(NamedTuple):
 
     Attributes:
         modules: marshalled code objects, by the keys of Inductor's cache of Python modules.
+        compiling: the keys of those modules that import Inductor's compiler.
         torch: the hash of torch's sources.
         triton: the hashes of Triton's, by the names of the functions that return them; those that were needed.
     """
 
     modules: dict[str, bytes]
+    compiling: list[str]
     torch: bytes
     triton: dict[str, Any]
 
@@ -36,11 +38,13 @@ class Generated(NamedTuple):
 @contextlib.contextmanager
 def recorded() -> Iterator[Generated]:
     """In a worker: record what is loaded within the block. Complete at its end."""
-    generated = Generated({}, loading.torch_hash(), {})
+    generated = Generated({}, [], loading.torch_hash(), {})
 
     def load_module(key: str, path: str, set_sys_modules: bool = True) -> ModuleType:
-        code = compile(Path(path).read_text(), path, "exec", dont_inherit=True)
+        code, is_heavy = generated_code.compiled_lightly(Path(path).read_text(), path)
         generated.modules[key] = marshal.dumps(code)
+        if is_heavy:
+            generated.compiling.append(key)
         return _module(key, path, code, set_sys_modules)
 
     with patched(*loading.maker_of_modules(), load_module):

@@ -17,15 +17,18 @@ from .wrappers.call import unboxed
 from .wrappers.replacement import Replacement
 
 
-def prepare() -> None:
+def prepare(*, compiler: bool = False) -> None:
     """Import the modules that loading needs, ahead of it. Returns at once if that was done before.
 
-    The import takes most of a second. It holds the compile lock, so that it does not run beside a trace.
+    It holds the compile lock, so that no import runs beside a trace.
+
+    Args:
+        compiler: whether code is to be loaded that needs Inductor's compiler, whose import takes most of a second.
     """
-    if loading.loading_is_imported():
+    if loading.is_imported(compiler=compiler):
         return
     with dynamo.compile_lock:
-        loading.import_loading()
+        loading.import_loading(compiler=compiler)
 
 
 class Deferred:
@@ -134,7 +137,9 @@ def load(
     if isinstance(opened, Bare):
         return opened.loaded(guarded=guarded)
     content, made = opened
-    prepare()
+    prepare(compiler=bool(made.compiling))
+    if not inductor.asks_for_cudagraphs({**state.configs["inductor"], **options}):
+        recording = None
     with dynamo.compile_lock, generated.supplied(made), cuda_graphs.put_off(recording):
         return _load(content, state, options, constants or {}, guarded=guarded)
 
@@ -153,6 +158,7 @@ def _load(
         replacement = Replacement(entry, state.grad if guarded else None)
         with (
             fake_tensors.tracing(fake_tensors.TracingContext(fake_mode)),
+            loading.without_compiler(),
             libraries.supplied(kernels),
             echo.muted(),
             inductor.backward_before_forward(),

@@ -5,10 +5,12 @@ Functions import Inductor's own names when they are called, as in inductor.py.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
+from types import FunctionType, SimpleNamespace
 from typing import Any, cast
 
 from . import inductor, packages
@@ -21,28 +23,35 @@ __all__ = [
     "gpus_of",
     "import_loading",
     "is_compiled_graph",
+    "is_imported",
     "kernel_compilers",
     "load_cpp_library",
     "loaded_modules_forgotten",
-    "loading_is_imported",
     "loading_options",
     "maker_of_modules",
     "set_torch_hash",
     "torch_hash",
     "triton_hashes",
+    "without_compiler",
 ]
 
-_LOADING = "torch._inductor.select_algorithm"
+_LOADING = (
+    "torch._inductor.output_code",
+    "torch._inductor.async_compile",
+    "torch._inductor.runtime.triton_heuristics",
+)
+_COMPILING = "torch._inductor.select_algorithm"
 
 
-def loading_is_imported() -> bool:
+def is_imported(*, compiler: bool) -> bool:
     """Whether the modules that loading needs are imported, or are being imported by another thread."""
-    return _LOADING in sys.modules
+    return all(name in sys.modules for name in (*_LOADING, *([_COMPILING] if compiler else [])))
 
 
-def import_loading() -> None:
-    """Import the modules that loading needs; this takes most of a second."""
-    importlib.import_module(_LOADING)
+def import_loading(*, compiler: bool) -> None:
+    """Import the modules that loading needs; with Inductor's compiler this takes most of a second."""
+    for name in (*_LOADING, *([_COMPILING] if compiler else [])):
+        importlib.import_module(name)
 
 
 def loading_options() -> dict[str, Any]:
@@ -70,6 +79,33 @@ def gpus_of(direction: Any) -> Iterator[int]:
         yield from graph.gpus
     elif graph is not None and is_compiled_graph(graph) and set(graph.device_types) - {"cpu"}:
         yield from (index for index in graph.device_idxs if index >= 0)
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Within the block, to load a compiled graph does not import Inductor's compiler.
+
+    Inductor imports it there to look up whether somebody collects generated code, as its tests do. Nobody does
+    while it is not imported.
+    """
+    cache: Any = _codecache().FxGraphCache
+    usual = vars(cache)["cache_hit_post_compile"]
+
+    def find(name: str, variables: Any = None, local: Any = None, wanted: Any = (), level: int = 0) -> Any:
+        if level == 1 and name == "graph" and f"{variables['__package__']}.graph" not in sys.modules:
+            return SimpleNamespace(GraphLowering=SimpleNamespace(save_output_code=None))
+        return builtins.__import__(name, variables, local, wanted, level)
+
+    def load(*args: Any) -> Any:
+        function = usual.__func__
+        variables = {**function.__globals__, "__builtins__": {**vars(builtins), "__import__": find}}
+        return FunctionType(function.__code__, variables)(*args)
+
+    cache.cache_hit_post_compile = staticmethod(load)
+    try:
+        yield
+    finally:
+        cache.cache_hit_post_compile = usual
 
 
 def forget_metrics(direction: Any) -> None:
