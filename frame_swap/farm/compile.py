@@ -128,7 +128,7 @@ def _compile(
         packaged: whether the artifact is to be a package of AOTInductor's.
     """
     from ..artifacts import folders, libraries, load
-    from ..internals import dynamo, fake_tensors, inductor, packages, tuning
+    from ..internals import dynamo, fake_tensors, gpu, inductor, packages, tuning
     from ..shipping import echo, graph, held, parcel, values
 
     envelope = parcel.open_envelope(request.envelope)
@@ -151,6 +151,7 @@ def _compile(
         state.applied_to_process(),
         folders.safe_caches() as warned,
         patched_environment(scratch),
+        gpu.small_contexts(),
     ):
         remarks += warned
         _forget_other_cache_folder(inductor.forget_written_files)

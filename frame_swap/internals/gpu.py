@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from .probe import names_looked_up
+
+with names_looked_up():
+    from torch._subclasses import fake_tensor
 
 
 def is_in_use() -> bool:
@@ -26,19 +32,37 @@ _STACK = 256
 _small: set[int] = set()
 
 
-def keep_context_small() -> None:
-    """Have the context of the current GPU take less memory: 526 to 328 MiB of an H100. For workers alone.
+def keep_context_small(index: int | None = None) -> None:
+    """Have the context of a GPU, the current one by default, take less memory: 526 to 328 MiB of an H100.
 
-    The limit counts for kernels that call functions whose need of stack is not known when they are compiled, which
-    Triton's do not. Raises nothing.
+    For workers alone. The limit counts for kernels that call functions whose need of stack is not known when they
+    are compiled, which Triton's do not. Raises nothing.
     """
-    device = torch.cuda.current_device()
-    if device in _small or torch.version.cuda is None:
+    device = torch.cuda.current_device() if index is None else index
+    if device in _small or torch.version.cuda is None or not torch.cuda.is_available():
         return
     _small.add(device)
     with contextlib.suppress(OSError, AttributeError):  # PyTorch was built with the library inside
         runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.partition('.')[0]}")
-        runtime.cudaDeviceSetLimit(0, ctypes.c_size_t(_STACK))
+        with torch.cuda.device(device):
+            runtime.cudaDeviceSetLimit(0, ctypes.c_size_t(_STACK))
+
+
+@contextlib.contextmanager
+def small_contexts() -> Iterator[None]:
+    """Within the block, contexts that a graph's fake tensors make are small from the beginning. Process-wide."""
+    usual = fake_tensor.init_gpu_context
+
+    def begin(device: torch.device) -> None:
+        usual(device)
+        if device.type == "cuda":
+            keep_context_small(device.index)
+
+    fake_tensor.init_gpu_context = begin  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        fake_tensor.init_gpu_context = usual
 
 
 def architecture(index: int) -> str:

@@ -6,8 +6,10 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.utils import IndentedBuffer
+from torch._subclasses import fake_tensor
 
 from frame_swap.internals import gpu, tuning
 
@@ -115,3 +117,14 @@ def test_a_kernel_that_was_not_tuned_keeps_its_configs(caplog: pytest.LogCapture
     assert not lost
     assert [result.config for result in chosen[0].kernel.compile_results] == [1, 2]
     assert "k was not tuned" in caplog.text
+
+
+def test_a_context_is_kept_small_as_soon_as_a_fake_tensor_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[object] = []
+    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", happened.append)
+    monkeypatch.setattr(gpu, "keep_context_small", happened.append)
+    usual = fake_tensor.init_gpu_context
+    with gpu.small_contexts():
+        fake_tensor.init_gpu_context(torch.device("cuda", 1))
+    assert happened == [torch.device("cuda", 1), 1]
+    assert fake_tensor.init_gpu_context is usual
