@@ -18,7 +18,7 @@ from frame_swap.farm.local import pool
 from frame_swap.farm.workers import workers
 from frame_swap.internals import gpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unpadded")]
 
 TOLERANCE = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-4},
