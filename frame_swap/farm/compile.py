@@ -242,22 +242,27 @@ def _without_collections() -> Iterator[None]:
 def _constants_pickled_for_real() -> Iterator[None]:
     """Within the block, a graph's constants are pickled as the real tensors that they are.
 
-    Inductor pickles them while its FakeTensorMode is on, which does not let it copy those that are on a GPU.
+    Inductor pickles them while its FakeTensorMode is on, which does not let it copy those that are on a GPU, nor
+    look at the data of parameters.
     """
     import torch
 
     from ..internals import fake_tensors
 
-    def for_real(reduce: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def reduce_for_real(storage: Any) -> Any:
+    def for_real(reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def reduce_for_real(*args: Any) -> Any:
             with fake_tensors.unset_fake_temporarily():
-                return reduce(storage)
+                return reduce(*args)
 
         return reduce_for_real
 
     with contextlib.ExitStack() as stack:
-        for storage in (torch.UntypedStorage, torch.TypedStorage):
-            stack.enter_context(patched(storage, "__reduce__", for_real(storage.__reduce__)))
+        for owner, name in (
+            (torch.UntypedStorage, "__reduce__"),
+            (torch.TypedStorage, "__reduce__"),
+            (torch.nn.Parameter, "__reduce_ex__"),
+        ):
+            stack.enter_context(patched(owner, name, for_real(getattr(owner, name))))
         yield
 
 

@@ -167,7 +167,8 @@ def _install() -> None:
     """
     read_log.install()
     convert_frame.trace_frame = _trace_frame(convert_frame.trace_frame)
-    torch.compiler._compile_session_context = _nothing_beside(torch.compiler._compile_session_context)
+    if hasattr(torch.compiler, "_compile_session_context"):  # not before torch 2.13
+        torch.compiler._compile_session_context = _nothing_beside(torch.compiler._compile_session_context)
     setattr(FakeTensorMode, "dispatch", _with_checkpoint(FakeTensorMode.dispatch))  # noqa: B010
     setattr(DynamoOutput, "build_guards", _with_checkpoint(DynamoOutput.build_guards))  # noqa: B010
     owner: Any

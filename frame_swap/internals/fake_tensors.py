@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import sympy
 import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from .probe import names_looked_up
 
@@ -48,8 +50,10 @@ __all__ = [
     "detect_fake_mode",
     "forget_ids",
     "has_symbolic_floats",
+    "hide_slices",
     "is_fake",
     "none_made",
+    "show_slices",
     "tracing",
     "unset_fake_temporarily",
     "with_constant_floats",
@@ -162,6 +166,35 @@ def described_number(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> t
     """A symbolic number's expression, its ShapeEnv, and the Python type of its values. Its hint is left out."""
     node = number.node
     return node._expr, node.shape_env, node.pytype
+
+
+class _Slice(NamedTuple):
+    """Stands for a slice, whose ends may be nodes."""
+
+    start: Any
+    stop: Any
+    step: Any
+
+
+def hide_slices(node: Node) -> None:
+    """Have the arguments of a node hold slices as tuples: GraphPickler looks for nodes there, and not in slices.
+
+    torch 2.13 has it look in slices, too, with a setting of the whole process meanwhile.
+    """
+    _replace_in_arguments(node, slice, lambda found: _Slice(found.start, found.stop, found.step))
+
+
+def show_slices(node: Node) -> None:
+    """Undo `hide_slices`."""
+    _replace_in_arguments(node, _Slice, lambda found: slice(*found))
+
+
+def _replace_in_arguments(node: Node, kind: type, replacement: Callable[[Any], Any]) -> None:
+    called_with = node.args, node.kwargs
+    leaves, structure = pytree.tree_flatten(called_with, is_leaf=lambda leaf: isinstance(leaf, kind))
+    if any(isinstance(leaf, kind) for leaf in leaves):
+        replaced = (replacement(leaf) if isinstance(leaf, kind) else leaf for leaf in leaves)
+        node.args, node.kwargs = pytree.tree_unflatten(replaced, structure)
 
 
 class _Sorted:

@@ -44,9 +44,11 @@ def unpack(packed: bytes, sizes: Mapping[str, int]) -> tuple[GraphModule, list[A
     opened: Any = fake_tensors.GraphPickler.loads(packed, mode)
     gm, inputs = opened
     for module in gm.modules():
-        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            node.target = node.meta.pop(_TARGET, node.target)
-    gm.recompile()
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                node.target = node.meta.pop(_TARGET, node.target)
+                fake_tensors.show_slices(node)
+            module.recompile()
     dynamo.mark_as_captured(gm)
     return gm, inputs, mode
 
@@ -114,6 +116,7 @@ def bare_copy(gm: GraphModule, inputs: Iterable[Any] | None = None, *, with_line
         new.meta = {"stack_trace": old.stack_trace} if with_lines and old.stack_trace else {}
         if dynamo.wraps_numpy(old.target):
             new.meta[_TARGET], new.target = old.target, torch.add
+        fake_tensors.hide_slices(new)
         if old.op == "placeholder" and inputs is not None:
             new.meta["example_value"] = next(values)
             kind = old.meta.get("tensor_dict", {}).get(STATIC)
