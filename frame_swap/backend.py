@@ -189,6 +189,13 @@ def _unsupported() -> bool:
             FrameSwapWarning,
             stacklevel=2,
         )
+    if settings.current().keep_frames and not kept_frames.is_possible():
+        warnings.warn(
+            f"keep_frames needs torch 2.13 or newer, and this is {torch.__version__}: "
+            "frames are traced in each run",
+            FrameSwapWarning,
+            stacklevel=2,
+        )
     return False
 
 

@@ -46,7 +46,7 @@ def export(f: Callable[..., Any], path: str | os.PathLike[str]) -> tuple[str, ..
     """Write the AOTInductor package that serves the calls of `f`, for a program in C++ or another in Python.
 
     `artifact="aoti"` has to be set before `f` is captured, and the package be in place. It runs on the kind of CPU
-    and GPU that it was compiled for, and returns the outputs of the graph.
+    that it was compiled for, and returns the outputs of the graph.
 
     Args:
         f: compiled by frame-swap: what `torch.compile` or `opt_in` returned, or the function or module itself.

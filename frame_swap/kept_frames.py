@@ -43,8 +43,8 @@ from .errors import Unkeepable, first_line
 from .farm import reuse
 from .farm.protocol import Outcome
 from .frames import call_site
+from .internals import beside, dynamo, fake_tensors, guard_state
 from .internals import callback as dynamos
-from .internals import dynamo, fake_tensors, guard_state
 from .region import Record
 from .serving.eager import serve_graph
 from .serving.trampoline import Trampoline
@@ -56,6 +56,11 @@ log = logging.getLogger(__name__)
 
 MOST = 8
 """How many frames are kept for one function: Dynamo compiles one as often."""
+
+
+def is_possible() -> bool:
+    """Whether this torch has what keeping frames needs."""
+    return beside.is_possible() and guard_state.is_possible()
 
 
 class Graph(NamedTuple):

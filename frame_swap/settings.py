@@ -275,7 +275,8 @@ class Settings:
         "inductor",
         """What compiled code is. "inductor": the Python that Inductor generates, and its kernels. "aoti": a package
         of AOTInductor's, which is called without Python code and which `frame_swap.export` hands out. Graphs with a
-        backward, and those that AOTInductor cannot lower, become Python all the same, and the report says why.""",
+        backward or on a GPU, and those that AOTInductor cannot lower, become Python all the same, and the report
+        says why.""",
         _is_one_of(*get_args(Artifact)),
         str,
     )

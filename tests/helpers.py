@@ -8,7 +8,9 @@ through_swap(doubles, device=device)
 
 from __future__ import annotations
 
+import functools
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 import frame_swap
-from frame_swap import State
+from frame_swap import State, kept_frames
 from frame_swap.region import Record, Report, records
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,6 +67,38 @@ def free_port() -> int:
         listening.bind(("127.0.0.1", 0))
         port: int = listening.getsockname()[1]
         return port
+
+
+LOADS_A_PACKAGE = """
+import torch
+
+with torch.no_grad():
+    exported = torch.export.export(torch.nn.ReLU(), (torch.rand(3),))
+    torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(exported))
+"""
+
+
+@functools.cache
+def why_no_packages() -> str:
+    """Why AOTInductor's packages cannot be tested here; "" where they can.
+
+    On some machines PyTorch's runner crashes the process that loads one, also without frame-swap. Such machines were
+    seen with a GPU only; on others this does not look, since it takes half a minute.
+    """
+    if not torch.cuda.is_available():
+        return ""
+    ended = subprocess.run([sys.executable, "-c", LOADS_A_PACKAGE], capture_output=True).returncode
+    return f"PyTorch's own aoti_load_package ends the process with signal {-ended} here" if ended < 0 else ""
+
+
+@functools.cache
+def why_no_kept_frames() -> str:
+    """Why no frame is kept here; "" where frames are."""
+    if not kept_frames.is_possible():
+        return f"frames are kept from torch 2.13 on, and this is {torch.__version__}"
+    if torch.cuda.is_available():
+        return "Dynamo initialises CUDA where there is a GPU, and then no frame is kept"
+    return ""
 
 
 def as_is(target: Any, **_: Any) -> Any:

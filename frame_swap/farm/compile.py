@@ -97,8 +97,9 @@ def _compile_as_wished(
     """
     from ..shipping import parcel
 
-    content, why = parcel.open_content(request.content), ""
-    if content.artifact == "aoti":
+    packaged = parcel.open_content(request.content).artifact == "aoti"
+    why = request.unpackaged if packaged else ""
+    if packaged and not why:
         try:
             return *_compile(request, heard.append, remarks, phases, packaged=True), ""
         except Refused:
@@ -136,7 +137,8 @@ def _compile(
         raise Refused(why)
     content = parcel.open_content(request.content)
     state, options = content.state, content.options
-    inner = packages.inner_compile(content.frozen is not None, options) if packaged else None
+    devices = state.autocast  # which has each type that the graph runs on
+    inner = packages.inner_compile(content.frozen is not None, options, devices) if packaged else None
     changes = {**options, **packages.OPTIONS} if packaged else options
     envelope.extend_search_path()
     if content.definitions is not None and not envelope.asked_here:

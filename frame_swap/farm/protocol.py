@@ -15,6 +15,7 @@ class Request(NamedTuple):
         sizes: values of symbols in the graph's shapes, by name; symbols not in it have the traced value.
         submitted: when the program asked, in seconds since the epoch.
         values: of the tensors that freezing makes constants, as `shipping.values.save` returns them.
+        unpackaged: why it is to become no package of AOTInductor's, though the content says so; else "".
     """
 
     content: bytes
@@ -22,6 +23,7 @@ class Request(NamedTuple):
     sizes: dict[str, int]
     submitted: float
     values: str | bytes | None = None
+    unpackaged: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,13 +55,22 @@ class Entry:
         call: pickled.
         limit: seconds that it may take.
         wanted: whether somebody still wants its result.
+        second: returns the call of another attempt, told why the first was lost; None: the same call.
         future: gets the result.
     """
 
-    def __init__(self, call: bytes, limit: float, wanted: Callable[[], bool], demand: Demand) -> None:
+    def __init__(
+        self,
+        call: bytes,
+        limit: float,
+        wanted: Callable[[], bool],
+        demand: Demand,
+        second: Callable[[str], Callable[[], Any]] | None = None,
+    ) -> None:
         self.call = call
         self.limit = limit
         self.wanted = wanted
+        self.second = second
         self.future: Future[Any] = Future()
         self._demand = demand
         self._counted: int | None = None  # its calls when they were last counted

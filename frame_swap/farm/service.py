@@ -204,7 +204,7 @@ class Service:
             compile_parcel = functools.partial(compile_graph, sent)
             if executor is not None:
                 return executor.submit(compile_parcel)
-            return workers.submit(compile_parcel, lambda: job.wanted, demand)
+            return workers.submit(compile_parcel, lambda: job.wanted, demand, _as_no_package(sent))
 
         try:
             if place is None:
@@ -299,6 +299,18 @@ class Service:
             loader = self._loader
         with contextlib.suppress(RuntimeError):  # shut down meanwhile
             loader.submit(machine.run_courteously, call).add_done_callback(_log_failure)
+
+
+def _as_no_package(request: Request) -> Callable[[str], Callable[[], Outcome]]:
+    """The compile that follows one whose worker was lost: a package may have crashed it, and is left.
+
+    PyTorch's runner of packages crashes the process on some machines, such as those with another C++ library.
+    """
+
+    def second(why: str) -> Callable[[], Outcome]:
+        return functools.partial(compile_graph, request._replace(unpackaged=why))
+
+    return second
 
 
 def _log_failure(future: Future[None]) -> None:

@@ -60,6 +60,7 @@ class Workers:
         call: Callable[[], Any],
         wanted: Callable[[], bool] = lambda: True,
         demand: Demand = NO_CALLS,
+        second: Callable[[str], Callable[[], Any]] | None = None,
     ) -> Future[Any]:
         """Run `call` in a worker; see `Pool.submit`.
 
@@ -68,7 +69,7 @@ class Workers:
         """
         now = settings.current()
         with self._lock:  # so that no other thread retires the pool meanwhile
-            return self._on_terms(now).submit(call, now.job_timeout, wanted, demand)
+            return self._on_terms(now).submit(call, now.job_timeout, wanted, demand, second)
 
     def pids(self) -> list[int]:
         """PIDs of live workers, including those still starting."""

@@ -5,7 +5,7 @@ descriptions are kept, and guards are made from the values that the other proces
 is there again, also those on the identity of an object. Whether the values are those of the process that has traced
 is for the caller to find out.
 
-The names below are those of torch 2.13 and newer.
+The names below are those of torch 2.13 and newer; older ones have some of them.
 """
 
 from __future__ import annotations

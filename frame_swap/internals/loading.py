@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FunctionType, SimpleNamespace
 from typing import Any, cast
 
-from . import inductor, packages
+from . import inductor
 
 __all__ = [
     "GENERATED",
@@ -75,9 +75,7 @@ def is_compiled_graph(value: Any) -> bool:
 def gpus_of(direction: Any) -> Iterator[int]:
     """The indices of the GPUs that one direction of an artifact runs on."""
     graph: Any = getattr(direction, "result", None)
-    if packages.is_package(graph):
-        yield from graph.gpus
-    elif graph is not None and is_compiled_graph(graph) and set(graph.device_types) - {"cpu"}:
+    if graph is not None and is_compiled_graph(graph) and set(graph.device_types) - {"cpu"}:
         yield from (index for index in graph.device_idxs if index >= 0)
 
 

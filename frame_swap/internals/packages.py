@@ -10,10 +10,9 @@ Functions import Inductor's own names when they are called, as in inductor.py.
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,20 +33,19 @@ class Unpackaged(Exception):
     """Why a graph is no package; the text says so, in words that fit behind "no package: "."""
 
 
-def inner_compile(freezes: bool, options: dict[str, Any]) -> Callable[..., Any]:
+def inner_compile(freezes: bool, options: dict[str, Any], devices: Iterable[str]) -> Callable[..., Any]:
     """What `compile_fx` calls for a graph of AOTAutograd's, to get a package of it.
 
     Args:
         freezes: whether values of parameters become constants of the code.
         options: changes of Inductor's config.
+        devices: types of those that the graph runs on.
 
     Raises:
-        Unpackaged: this torch does not keep such results; and, in a call, what stands in the way of this graph.
+        Unpackaged: what stands in the way of this graph; also in a call.
     """
-    results = importlib.import_module("torch._functorch._aot_autograd.aot_autograd_result")
-    if not hasattr(results, "BundledOutputCodeLoadable"):
-        raise Unpackaged(f"torch 2.13 is the first that can, and this is {torch.__version__}")
-
+    if others := set(devices) - {"cpu"}:  # for want of Triton's kernels the lowering fails there
+        raise Unpackaged(f"it runs on {' and '.join(sorted(others))}, and packages are for CPUs")
     if freezes:
         raise Unpackaged("freezing makes constants that travel beside the code")
     if inductor.asks_for_cudagraphs(options):
@@ -61,9 +59,7 @@ def inner_compile(freezes: bool, options: dict[str, Any]) -> Callable[..., Any]:
         static = [positions.index(at) for at in keywords.get("static_input_idxs") or () if at in positions]
         keywords |= {"static_input_idxs": static, "cpp_wrapper": True, "cudagraphs": False}
         files = _lower(gm, [inputs[at] for at in positions], keywords)
-        devices = {x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type != "cpu"}
-        gpus = tuple(sorted(device.index or 0 for device in devices))
-        return _package()(_zipped(files), tuple(positions) if len(positions) < len(inputs) else None, gpus)
+        return _package()(_zipped(files), tuple(positions) if len(positions) < len(inputs) else None)
 
     return compile_package
 
@@ -168,17 +164,15 @@ def _package() -> type:
         Attributes:
             package: its bytes.
             positions: of the inputs that it takes, where it does not take all.
-            gpus: indices of those that it runs on.
             current_callable: takes the list of inputs; None until it is loaded.
         """
 
         _boxed_call = True
 
-        def __init__(self, package: bytes, positions: tuple[int, ...] | None, gpus: tuple[int, ...]) -> None:
+        def __init__(self, package: bytes, positions: tuple[int, ...] | None) -> None:
             super().__init__()
             self.package = package
             self.positions = positions
-            self.gpus = gpus
             self.current_callable: Callable[[list[Any]], Any] | None = None
 
         def __call__(self, inputs: Sequence[Any]) -> Any:

@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Subject, Wrap, is_direct, through_swap
+from helpers import Subject, Wrap, is_direct, through_swap, why_no_packages
 from torch import Tensor, nn
 from torch.library import custom_op
 from torch.utils import cpp_extension
 
 import frame_swap
 from frame_swap import Region, State
+from frame_swap.internals.packages import Unpackaged, inner_compile
 
 
 @pytest.fixture(autouse=True)
 def packages() -> None:
+    if reason := why_no_packages():
+        pytest.skip(reason)
     frame_swap.configure(artifact="aoti")
 
 
@@ -86,9 +89,9 @@ CASES: dict[str, Callable[[Wrap], Subject]] = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_values_before_during_and_after_the_swap(case: str, device: str) -> None:
+def test_values_before_during_and_after_the_swap(case: str) -> None:
     with torch.no_grad():
-        (record,) = through_swap(CASES[case], device=device)
+        (record,) = through_swap(CASES[case], device="cpu")
     (compile,) = record.attempts
     assert (compile.artifact, compile.artifact_reason) == ("aoti", "")
 
@@ -160,6 +163,19 @@ def test_frozen_code_is_none() -> None:
         swapped(model, torch.rand(2, 4))
     assert (region().state, region().artifact) == (State.INSTALLED, "inductor")
     assert region().artifact_reason == "freezing makes constants that travel beside the code"
+
+
+@pytest.mark.gpu
+def test_a_graph_on_a_gpu_is_none() -> None:
+    with torch.no_grad():
+        swapped(lambda x: (x * 2).sin(), torch.rand(3, device="cuda"))
+    assert (region().state, region().artifact) == (State.INSTALLED, "inductor")
+    assert region().artifact_reason == "it runs on cuda, and packages are for CPUs"
+
+
+def test_a_graph_on_another_device_is_refused_at_once() -> None:
+    with pytest.raises(Unpackaged, match="it runs on cuda and xpu, and packages are for CPUs"):
+        inner_compile(freezes=False, options={}, devices=["cpu", "xpu", "cuda"])
 
 
 def test_without_the_setting_there_is_none() -> None:

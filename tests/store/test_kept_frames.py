@@ -16,17 +16,17 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import is_direct, live
+from helpers import is_direct, live, why_no_kept_frames
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import frame_swap
 from frame_swap import State
-from frame_swap.internals import guard_state, logs
+from frame_swap.internals import logs
 
 pytestmark = [
     pytest.mark.fast,
-    pytest.mark.skipif(not guard_state.is_possible(), reason="needs torch 2.13 or newer"),
+    pytest.mark.skipif(bool(why_no_kept_frames()), reason=why_no_kept_frames()),
 ]
 
 

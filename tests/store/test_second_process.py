@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import why_no_kept_frames
 
 from frame_swap.artifacts import seal
 from frame_swap.artifacts.store import disk
@@ -84,6 +85,7 @@ FRAMES = [
 ]
 
 
+@pytest.mark.skipif(bool(why_no_kept_frames()), reason=why_no_kept_frames())
 @pytest.mark.parametrize("name", FRAMES)
 def test_with_its_frames_kept_the_second_process_traces_nothing(run: Run, name: str) -> None:
     cold, warm = (run(name, FRAME_SWAP_KEEP_FRAMES="1") for _ in range(2))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import pickle
@@ -37,6 +38,7 @@ from .process import Lost, Process, Terms, changing, forget_all
 if TYPE_CHECKING:
     from ...runtime.openmp import Sleepers
 
+log = logging.getLogger(__name__)
 
 GPU_IDLE = 20.0
 """Seconds after which a process with nothing to do ends if it holds memory of a GPU. A fresh one replaces it."""
@@ -115,6 +117,7 @@ class Pool:
         limit: float = math.inf,
         wanted: Callable[[], bool] = lambda: True,
         demand: Demand = NO_CALLS,
+        second: Callable[[str], Callable[[], Any]] | None = None,
     ) -> Future[Any]:
         """Run `call` in a process of the pool; `call` and its result must pickle.
 
@@ -122,11 +125,12 @@ class Pool:
             limit: seconds that it may take; where its process has yet to start, that included.
             wanted: asked before it is tried again.
             demand: decides when its turn comes.
+            second: returns the call of a second attempt, told why the first was lost; None: the same call.
 
         Raises:
             RuntimeError: the pool is retired or killed, or there is no thread.
         """
-        entry = Entry(pickle.dumps(call), limit, wanted, demand)
+        entry = Entry(pickle.dumps(call), limit, wanted, demand, second)
         self._queue.put(entry)
         try:
             self._threads.submit(self._run_next)
@@ -200,8 +204,10 @@ class Pool:
             if not lost.again or not entry.wanted() or self._killed:
                 del entry  # as in `_run_next`
                 raise
+            log.info("frame-swap: a call is tried again: %s\n%s", lost, lost.details)
             entry.lost(str(lost))
-        call, limit = entry.call, entry.limit
+            call = entry.call if entry.second is None else pickle.dumps(entry.second(str(lost)))
+        limit = entry.limit
         del entry
         try:
             return self._run_once(call, limit)
