@@ -219,6 +219,9 @@ def _advice(failure: BaseException) -> str:
 
     if "InvalidCxxCompiler" in said or "No working C++ compiler" in said:
         return "install a C++ compiler (g++ or clang), or name one in the variable CXX"
+    of_triton = "CalledProcessError" in said and "cuda_utils.c" in said  # which it builds before its first kernel
+    if of_triton or "Failed to find C compiler" in said:
+        return "Triton needs a C compiler that works: install gcc or clang, or name one in the variable CC"
     if is_about(errno.ENOSPC, errno.EDQUOT):
         return "free some space, or set TORCHINDUCTOR_CACHE_DIR to a folder on a disk that has some"
     if is_about(errno.EROFS, errno.EACCES, errno.EPERM):

@@ -35,10 +35,7 @@ def check(words: list[str], folder: Path) -> str:
     search = [str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, search))
     environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environment["PATH"]])
-    environment |= {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }  # for where tests are root
+    environment |= dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
     ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     printed = ended.stdout + ended.stderr
     assert ended.returncode == 0, printed

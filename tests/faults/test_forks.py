@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -96,9 +97,13 @@ PROGRAM = """
 """
 
 
+WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+"""For the programs: where there is a GPU Dynamo initialises CUDA, and then no backend works in a forked child."""
+
+
 def run(run_program: Any, program: str) -> dict[str, list[str]]:
     """The states that parent and children print, by printer."""
-    done = run_program(textwrap.dedent(PROGRAM) + textwrap.dedent(program))
+    done = run_program(textwrap.dedent(PROGRAM) + textwrap.dedent(program), **WITHOUT_GPUS)
     lines = [line.split() for line in done.stdout.splitlines()]
     return {who: states for who, *states in lines}
 
@@ -326,7 +331,13 @@ def run_script(folder: Path, body: str) -> dict[str, list[str]]:
     parts = textwrap.dedent(SCRIPT).partition("{program}")
     rest = parts[2].replace("{delay}", "600").replace("    {body}", textwrap.indent(textwrap.dedent(body), "    "))
     script.write_text(program + rest)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | WITHOUT_GPUS,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     return {who: states for who, *states in lines}

@@ -218,11 +218,17 @@ def test_a_temporary_folder_that_others_control_loads_nothing(
         CppCodeCache.load_async("code")
 
 
+OF_CUDA = "@cuda-uvmfd-"
+"""How the names of sockets begin that CUDA's driver listens on in each process that uses a GPU."""
+
+
 def sockets_of(*pids: int) -> list[str]:
-    """All sockets of workers, and the listening sockets of this process."""
+    """All sockets of workers, and the listening sockets of this process; without those of CUDA's driver."""
     found = []
     for pid in pids:
         for connection in psutil.Process(pid).net_connections(kind="all"):
+            if str(connection.laddr).startswith(OF_CUDA):
+                continue
             listens = connection.status == psutil.CONN_LISTEN or _accepts(pid, connection.fd)
             if pid != os.getpid() or listens:
                 found.append(f"{pid}: {connection}")

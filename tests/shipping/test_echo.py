@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -322,6 +323,21 @@ def test_text_is_made_only_for_those_who_listen(listener: Listener, monkeypatch:
     set_logs(output_code=True)
     assert len(pickle.loads(echo_of(talk)).records) == 2
     assert listener.records == []  # a worker hands nothing to handlers
+
+
+@pytest.mark.parametrize(("name", "records"), [(echo.PREPARING, 0), ("of the compile", 1)])
+def test_what_a_worker_prepares_meanwhile_is_of_no_compile(name: str, records: int) -> None:
+    def talk() -> None:
+        logger = logging.getLogger("torch._inductor.compile_worker.subproc_pool")
+        thread = threading.Thread(target=logger.info, args=("begun",), name=name)
+        thread.start()
+        thread.join()
+
+    set_logs(inductor=logging.INFO)
+    try:
+        assert len(pickle.loads(echo_of(talk)).records) == records
+    finally:
+        set_logs()
 
 
 def test_a_record_is_replayed_as_it_was(listener: Listener) -> None:

@@ -156,6 +156,7 @@ def _import_torch() -> None:
 
     from ...artifacts import folders
     from ...internals import inductor
+    from ...shipping.echo import PREPARING
 
     inductor.import_compiling()
     inductor.wrap_compilers(tokens.call_holding)
@@ -169,9 +170,9 @@ def _import_torch() -> None:
         # This import may warn of a CUDA compiler: do it now, before a compile's record repeats that to the program.
         import torch.utils.cpp_extension
 
-        threading.Thread(target=_probe_cpu, name="frame-swap-probe", daemon=True).start()
+        threading.Thread(target=_probe_cpu, name=PREPARING, daemon=True).start()
     else:
-        threading.Thread(target=_prepare_for_gpu, name="frame-swap-probe", daemon=True).start()
+        threading.Thread(target=_prepare_for_gpu, name=PREPARING, daemon=True).start()
 
 
 _folder = ""

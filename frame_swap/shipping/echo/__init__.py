@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from .audience import Audience
 from .mute import muted
-from .record import recorded
+from .record import PREPARING, recorded
 from .replay import replay
 
-__all__ = ["Audience", "muted", "recorded", "replay"]
+__all__ = ["PREPARING", "Audience", "muted", "recorded", "replay"]

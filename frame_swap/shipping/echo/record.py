@@ -22,6 +22,9 @@ from .message import Echo, Interned, Record, Warned
 
 log = logging.getLogger(__name__)
 
+PREPARING = "frame-swap-probe"
+"""The name of a worker's thread that does ahead what compiles need: what it says belongs to none of them."""
+
 
 @contextlib.contextmanager
 def recorded(audience: Audience | None, keep: Callable[[bytes], None]) -> Iterator[None]:
@@ -38,6 +41,8 @@ def recorded(audience: Audience | None, keep: Callable[[bytes], None]) -> Iterat
     before = totals.read()
 
     def call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if record.threadName == PREPARING:
+            return
         try:
             records.append(_plain_record(logger, record))
         except Exception:
