@@ -82,8 +82,8 @@ with torch.no_grad():
 def why_no_packages() -> str:
     """Why AOTInductor's packages cannot be tested here; "" where they can.
 
-    On some machines PyTorch's runner crashes the process that loads one, also without frame-swap. All machines
-    where this was seen have a GPU; on others this does not look, since it takes half a minute.
+    On some machines PyTorch's runner crashes the process that loads one, also without frame-swap. All of those
+    that were seen have a GPU; on others this does not look, since it takes half a minute.
     """
     if not torch.cuda.is_available():
         return ""

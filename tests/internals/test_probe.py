@@ -34,6 +34,26 @@ def test_without_a_private_name_it_stands_aside_with_one_warning(monkeypatch: py
     assert frame_swap.report().regions == []
 
 
+@pytest.mark.parametrize(
+    ("owner", "setting", "said"),
+    [
+        (backend.beside, {"capture": "background"}, "frames are captured in their calls"),
+        (backend.kept_frames, {"keep_frames": True}, "frames are traced in each run"),
+    ],
+)
+def test_a_setting_that_needs_a_newer_torch_is_named(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, setting: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(owner, "is_possible", lambda: False)
+    backend._unsupported.cache_clear()
+    frame_swap.configure(**setting)
+    try:
+        with pytest.warns(FrameSwapWarning, match=rf"needs torch 2\.13 or newer, .*: {said}"):
+            assert not backend._unsupported()
+    finally:
+        backend._unsupported.cache_clear()
+
+
 def test_a_name_that_torch_no_longer_has_is_found_at_import(run_program: Any) -> None:
     done = run_program(
         """

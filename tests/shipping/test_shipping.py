@@ -55,6 +55,21 @@ def rand_with_grad() -> tuple[Tensor]:
     return (torch.rand(6, 4, requires_grad=True),)
 
 
+@shipped
+def slices_with_symbolic_ends(compiled: Wrap) -> Subject:
+    """At the top, and in a graph inside the graph."""
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return x.sin()[:, : y.shape[0]] @ y[-x.shape[0] :: 2].cos()[: y.shape[0]].T
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        half = x.shape[0] // 2
+        return torch.cat([x[half:], x[:half]]) * 2 + checkpoint(inner, x, y, use_reentrant=False).sum()
+
+    inputs = [lambda n=n: (torch.rand(n, 7, requires_grad=True), torch.rand(5, 5)) for n in (6, 4)]
+    return Subject(compiled(function, dynamic=True), inputs)
+
+
 # Custom operators: kernels that no compiler looks into, here ordinary PyTorch
 
 
