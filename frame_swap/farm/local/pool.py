@@ -4,8 +4,8 @@ Guarantees:
 - `submit` neither waits for a call nor raises because of one. Each future ends: with what the call returned or
   raised; with `Lost`, which says why, where its process was lost; or cancelled, while it had not begun.
 - A thread that is free takes the call that gains most; see queue.py.
-- A process that is lost concerns the call that it ran, and no other. That call is tried again once, in a fresh
-  process; not where it went beyond a limit, where nobody wants it any more, or while the pool is being killed.
+- A process that is lost concerns the call that it ran, and no other. That call is tried again once, or another in
+  its place, in a fresh process; not where it went beyond a limit, where nobody wants it any more, or while the pool is being killed.
 - A lost process is replaced when there is something to do. One that has nothing to do for `idle_timeout` ends. One
   that holds memory of a GPU ends after `GPU_IDLE`, and a fresh one, which holds none, is started in its place.
 - `kill` ends all processes and waits for no call; `retire` lets what was submitted end first.
@@ -204,9 +204,10 @@ class Pool:
             if not lost.again or not entry.wanted() or self._killed:
                 del entry  # as in `_run_next`
                 raise
-            log.info("frame-swap: a call is tried again: %s\n%s", lost, lost.details)
-            entry.lost(str(lost))
-            call = entry.call if entry.second is None else pickle.dumps(entry.second(str(lost)))
+            reason = str(lost)  # a log record with the error in it would hold the process
+            log.info("frame-swap: a call is tried again: %s\n%s", reason, lost.details)
+            entry.lost(reason)
+            call = entry.call if entry.second is None else pickle.dumps(entry.second(reason))
         limit = entry.limit
         del entry
         try:
