@@ -98,6 +98,8 @@ def nothing_left_behind() -> Iterator[None]:
     workers.start()  # with its first worker loky starts what it keeps until the program ends
     assert workers.pids()
     fresh_workers()
+    if torch.cuda.is_available():
+        torch.ones(1, device="cuda")  # as the first trace of Dynamo's does: CUDA keeps what it opens
     with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):
         before = held()
         yield

@@ -5,7 +5,8 @@ Guarantees:
   raised; with `Lost`, which says why, where its process was lost; or cancelled, while it had not begun.
 - A thread that is free takes the call that gains most; see queue.py.
 - A process that is lost concerns the call that it ran, and no other. That call is tried again once, or another in
-  its place, in a fresh process; not where it went beyond a limit, where nobody wants it any more, or while the pool is being killed.
+  its place, in a fresh process; not where it went beyond a limit, where nobody wants it any more, or while the pool
+  is being killed.
 - A lost process is replaced when there is something to do. One that has nothing to do for `idle_timeout` ends. One
   that holds memory of a GPU ends after `GPU_IDLE`, and a fresh one, which holds none, is started in its place.
 - `kill` ends all processes and waits for no call; `retire` lets what was submitted end first.
