@@ -51,6 +51,8 @@ class Recording:
     def __str__(self) -> str:
         if not self.planned:
             return ""
+        if not self.begun and not self.calls_without:
+            return "not yet recorded"
         if not self.begun:
             return f"not yet recorded, since other graphs are awaited: {self._calls()} without"
         return f"recorded after {self._calls()} without, within calls of {1e3 * self.seconds:.0f} ms in all"

@@ -46,6 +46,7 @@ def test_while_others_are_awaited_nothing_is_recorded(monkeypatch: pytest.Monkey
     recording = Recording(lambda: not awaited)
     assert str(recording) == ""
     call, ran = loaded(recording, monkeypatch)
+    assert str(recording) == "not yet recorded"
     call()
     call()
     assert ran == ["plain"] * 2
