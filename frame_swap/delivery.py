@@ -229,15 +229,17 @@ class Delivery:
             if order.parcel.frozen and self._changes != self._changes_of_held():
                 raise UnusableArtifact("a parameter has changed since its value became a constant of the code")
             # Where each first call waits, no other graph is awaited when code runs.
-            attempt.recording = Recording(is_quiet) if order.settings.when != "wait" else None
+            recording = Recording(is_quiet) if order.settings.when != "wait" else None
             compiled = load.load(
                 outcome.artifact,
                 order.parcel.state,
                 order.options,
                 constants,
                 guarded=guarded,
-                recording=attempt.recording,
+                recording=recording,
             )
+            if recording is not None and recording.planned:
+                attempt.recording = recording
         attempt.wrappers = compiled.wrappers
         attempt.artifact, attempt.artifact_reason = compiled.kind, outcome.unpackaged
         self._keep_for_export(compiled)
