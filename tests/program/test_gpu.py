@@ -98,6 +98,17 @@ def test_the_first_compiled_call_tunes_no_kernels(monkeypatch: pytest.MonkeyPatc
     assert not tuned
 
 
+def step_of(model: torch.nn.Module, call: torch.nn.Module, x: Tensor, train: bool) -> list[Tensor]:
+    """Copies of what one step of `call`, which is `model` or compiled from it, puts out: output, then gradients."""
+    model.zero_grad()
+    torch.compiler.cudagraph_mark_step_begin()
+    with torch.set_grad_enabled(train):
+        out = call(x)
+    if train:
+        out.square().mean().backward()
+    return [t.detach().clone() for t in (out, *(p.grad for p in model.parameters() if p.grad is not None))]
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_cuda_graphs_of_reduce_overhead(train: bool) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8)).cuda()
@@ -105,13 +116,7 @@ def test_cuda_graphs_of_reduce_overhead(train: bool) -> None:
     x = torch.randn(16, 64, device="cuda")
 
     def run(call: torch.nn.Module) -> list[torch.Tensor]:
-        model.zero_grad()
-        torch.compiler.cudagraph_mark_step_begin()
-        with torch.set_grad_enabled(train):
-            out = call(x)
-        if train:
-            out.square().mean().backward()
-        return [t.detach().clone() for t in (out, *(p.grad for p in model.parameters() if p.grad is not None))]
+        return step_of(model, call, x, train)
 
     expected = run(model)
     torch.testing.assert_close(run(compiled), expected)
@@ -207,13 +212,7 @@ def test_cuda_graphs_are_recorded_when_no_other_graph_is_awaited(
     shifted = torch.empty(16 * 64 + 1, device="cuda")[1:].view(16, 64).copy_(aligned)
 
     def step(call: torch.nn.Module, x: Tensor) -> list[Tensor]:
-        model.zero_grad()
-        torch.compiler.cudagraph_mark_step_begin()
-        with torch.set_grad_enabled(train):
-            out = call(x)
-        if train:
-            out.square().mean().backward()
-        return [t.detach().clone() for t in (out, *(p.grad for p in model.parameters() if p.grad is not None))]
+        return step_of(model, call, x, train)
 
     expected = step(model, aligned)
     step(compiled, aligned)
