@@ -100,7 +100,8 @@ def try_out(packed: Packed, state: ProcessState, options: dict[str, Any]) -> byt
     So an artifact that crashes a process crashes the worker. Inductor forgets the modules that were loaded.
     """
     with loading.loaded_modules_forgotten(), generated.recorded() as made:
-        compiled = _load(packed.content, state, options, packed.constants, guarded=True)
+        config = {**state.configs["inductor"], **options}
+        compiled = _load(packed.content, state, config, packed.constants, guarded=True)
     if compiled.package is not None and not compiled.wrappers:
         return seal(pickle.dumps(Bare(compiled.package, compiled.taken, compiled.repeatable)), packed.gpus)
     return seal(pickle.dumps((packed.content, made)), packed.gpus)
@@ -138,17 +139,18 @@ def load(
         return opened.loaded(guarded=guarded)
     content, made = opened
     prepare(compiler=bool(made.compiling))
-    if not inductor.asks_for_cudagraphs({**state.configs["inductor"], **options}):
+    config = {**state.configs["inductor"], **options}
+    if not inductor.asks_for_cudagraphs(config):
         recording = None
     with dynamo.compile_lock, generated.supplied(made), cuda_graphs.put_off(recording):
-        return _load(content, state, options, constants or {}, guarded=guarded)
+        return _load(content, state, config, constants or {}, guarded=guarded)
 
 
 def _load(
-    content: bytes, state: ProcessState, options: dict[str, Any], constants: dict[str, Any], *, guarded: bool
+    content: bytes, state: ProcessState, config: dict[str, Any], constants: dict[str, Any], *, guarded: bool
 ) -> Compiled:
-    config = inductor.inductor_config.patch({**state.configs["inductor"], **options})
-    with dynamo.compile_lock, state.applied_to_thread(), config, folders.safe_caches():
+    patched = inductor.inductor_config.patch(config)
+    with dynamo.compile_lock, state.applied_to_thread(), patched, folders.safe_caches():
         entry, kernels = pickle.loads(content)
         freezing.give_constants(entry, constants)
         entry.guards_expr = None  # late guards are evaluated by us: see guards/

@@ -191,10 +191,20 @@ def show_slices(node: Node) -> None:
 
 def _replace_in_arguments(node: Node, kind: type, replacement: Callable[[Any], Any]) -> None:
     called_with = node.args, node.kwargs
+    if not _holds(called_with, kind):
+        return
     leaves, structure = pytree.tree_flatten(called_with, is_leaf=lambda leaf: isinstance(leaf, kind))
-    if any(isinstance(leaf, kind) for leaf in leaves):
-        replaced = (replacement(leaf) if isinstance(leaf, kind) else leaf for leaf in leaves)
-        node.args, node.kwargs = pytree.tree_unflatten(replaced, structure)
+    replaced = (replacement(leaf) if isinstance(leaf, kind) else leaf for leaf in leaves)
+    node.args, node.kwargs = pytree.tree_unflatten(replaced, structure)
+
+
+def _holds(value: Any, kind: type) -> bool:
+    """Whether there is a `kind` somewhere in the arguments of a node. Few nodes have a slice."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return isinstance(value, kind) or (
+        isinstance(value, (tuple, list)) and any(_holds(inner, kind) for inner in value)
+    )
 
 
 class _Sorted:

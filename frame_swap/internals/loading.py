@@ -40,17 +40,17 @@ _LOADING = (
     "torch._inductor.async_compile",
     "torch._inductor.runtime.triton_heuristics",
 )
-_COMPILING = "torch._inductor.select_algorithm"
+_COMPILING = (*_LOADING, "torch._inductor.select_algorithm")
 
 
 def is_imported(*, compiler: bool) -> bool:
     """Whether the modules that loading needs are imported, or are being imported by another thread."""
-    return all(name in sys.modules for name in (*_LOADING, *([_COMPILING] if compiler else [])))
+    return sys.modules.keys() >= set(_COMPILING if compiler else _LOADING)
 
 
 def import_loading(*, compiler: bool) -> None:
     """Import the modules that loading needs; with Inductor's compiler this takes most of a second."""
-    for name in (*_LOADING, *([_COMPILING] if compiler else [])):
+    for name in _COMPILING if compiler else _LOADING:
         importlib.import_module(name)
 
 

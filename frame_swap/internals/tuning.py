@@ -159,7 +159,7 @@ def apart_from_the_code() -> Iterator[None]:
         wrapper.generate_and_run_autotune_block = usual
 
 
-MOST_CACHED = 64 << 20
+MOST_CACHED = 16 << 20
 """Bytes of a GPU that a worker keeps from one kernel's tuning to the next."""
 
 

@@ -85,11 +85,12 @@ if sys.version_info >= (3, 12):
     _monitoring = sys.monitoring
     _STARTS = _monitoring.events.PY_START
     _NAME = "frame-swap"
+    _FREE_IDS = (3, 4)  # the others are a debugger's, a profiler's and so on
 
     @contextlib.contextmanager
     def _told_of_functions(look: Callable[[], bool]) -> Iterator[None]:
         """Within the block, each function that starts on this thread calls `look`, until that returns False."""
-        free = [tool for tool in (3, 4) if _monitoring.get_tool(tool) is None]  # the others have their purposes
+        free = [tool for tool in _FREE_IDS if _monitoring.get_tool(tool) is None]
         if not free:
             yield
             return
@@ -113,7 +114,7 @@ if sys.version_info >= (3, 12):
         _monitoring.free_tool_id(tool)
 
     def _end_all() -> None:
-        for tool in (3, 4):
+        for tool in _FREE_IDS:
             if _monitoring.get_tool(tool) == _NAME:
                 _end(tool)
 

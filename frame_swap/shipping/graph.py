@@ -122,11 +122,18 @@ def bare_copy(gm: GraphModule, inputs: Iterable[Any] | None = None, *, with_line
             kind = old.meta.get("tensor_dict", {}).get(STATIC)
             if kind is not None:
                 new.meta["tensor_dict"] = {STATIC: kind}
-    bare = GraphModule(gm, graph)
+    bare = _NeverCalled(gm, graph)
     for name, child in bare.named_children():
         if isinstance(child, GraphModule):
             setattr(bare, name, bare_copy(child, with_lines=with_lines))
     return bare
+
+
+class _NeverCalled(GraphModule):
+    """A copy to be packed. It has no code: to generate some takes as long as all the rest, and `unpack` does it."""
+
+    def recompile(self) -> Any:
+        """Generate nothing."""
 
 
 @functools.cache
@@ -152,12 +159,13 @@ def _pickler() -> Any:
                 fake_tensors.forget_ids(reduced[1][0])
             if isinstance(obj, fake_tensors.FakeTensor):
                 described = reduced[1][0]
-                base = described.metadata.base
-                described.metadata = dataclasses.replace(
-                    described.metadata,
-                    base=base and dataclasses.replace(base, fake_mode=None, grad=None),
-                    grad=None,
-                )
+                base, grad = described.metadata.base, described.metadata.grad
+                if base is not None or grad is not None:
+                    described.metadata = dataclasses.replace(
+                        described.metadata,
+                        base=base and dataclasses.replace(base, fake_mode=None, grad=None),
+                        grad=None,
+                    )
                 if obj.item_memo is not None:
                     return _with_item, (*reduced, obj.item_memo)
             return reduced
