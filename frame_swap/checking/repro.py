@@ -45,7 +45,8 @@ def write(
     """
     if directory is not None:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="frame-swap-repro-", dir=directory))  # with mode 0700
+    made = tempfile.mkdtemp(prefix="frame-swap-repro-", dir=directory)  # with mode 0700
+    folder = Path(made).absolute()  # so that the command that names it works in any folder
     (folder / _CONTENT).write_bytes(parcel.content)
     (folder / _ENVELOPE).write_bytes(parcel.envelope)
     values = [

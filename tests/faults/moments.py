@@ -146,7 +146,7 @@ def interrupted(at: int, files: tuple[str, ...], call: Callable[[], Any]) -> boo
 
 
 @contextmanager
-def stall_detector(progress: Callable[[], Any], limit: float = 60.0) -> Iterator[Callable[[], None]]:
+def stall_detector(progress: Callable[[], Any], limit: float = 150.0) -> Iterator[Callable[[], None]]:
     """Fail, and print all stacks, when `progress()` has not changed for `limit` seconds.
 
     Yields a function that the block calls regularly while it waits.

@@ -63,9 +63,9 @@ def test_a_pipe_gets_lines(run_program: Callable[..., Any]) -> None:
     lines = run_program(WAITS).stderr.splitlines()
     assert all(line.startswith("frame-swap: ") for line in lines)
     assert lines[0] == f"frame-swap: {display.NORMAL.format('meanwhile')}"
-    assert "0 of 1 graph done after" in lines[1]
+    assert len(lines) >= 3
+    assert all("0 of 1 graph done after" in line for line in lines[1:-1])  # several where a compile takes long
     assert re.search(r"1 of 1 graph on compiled code after \d+ s; eager code has served 1 call$", lines[-1])
-    assert len(lines) == 3
 
 
 @pytest.mark.parametrize("waits", ["frame_swap.wait(progress=False)", ""], ids=["False", "no wait"])
