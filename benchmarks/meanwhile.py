@@ -1,12 +1,13 @@
 """What a program's steps cost while its graphs compile, and after the swap, beside others' of the same moments.
 
-    python -m benchmarks.meanwhile [--model bert-4] [--infer] [--seconds 90] [--rounds 60]
+    python -m benchmarks.meanwhile [--model bert-4] [--infer] [--seconds 90] [--rounds 60] [--undisturbed]
 
 One process makes a step of each arm in turn. Whatever else the machine does slows all alike, so that the ratios
 hold where those of arms that run one after the other do not: a shared host may be half as fast a minute later.
 
 - Before the swap: eager, Dynamo alone (`backend="eager"`), and frame_swap. In every other third of a second the
   workers are stopped: steps of both kinds of moments, side by side, say what the workers' work costs the program.
+  With `--undisturbed` they are not: a stop may come while one times a kernel on a GPU, and another kernel wins.
 - After it: eager, stock, and frame_swap, for so many rounds.
 
 A ratio is the median of the rounds' ratios. Writes a JSON file and a picture; prints the ratios. Linux and macOS.
@@ -159,7 +160,8 @@ def figures_of(before: Sequence[Round], after: Sequence[Round]) -> dict[str, flo
         figures["mean step before the swap / eager's"] = mean_ratio(before, "frame_swap", "eager")
         figures["step before the swap / Dynamo alone's"] = ratio(before, "frame_swap", "dynamo")
         figures["Dynamo alone's step / eager's"] = ratio(before, "dynamo", "eager")
-        figures["steps while workers run / while they are stopped"] = cost_of_workers(before)
+        if any(one.workers == "stopped" for one in before):
+            figures["steps while workers run / while they are stopped"] = cost_of_workers(before)
         for arm in ("frame_swap", "eager"):
             number, worst = long_calls(before, arm)
             figures[f"{LABELS[arm]}: part of the calls that take over 2 medians + 5 ms"] = number / len(before)
@@ -202,6 +204,7 @@ def main() -> None:
     parser.add_argument("--infer", action="store_true", help="inference instead of training")
     parser.add_argument("--seconds", type=float, default=90.0, help="how long to wait for the swap at most")
     parser.add_argument("--rounds", type=int, default=60, help="of steps after the swap")
+    parser.add_argument("--undisturbed", action="store_true", help="stop no workers")
     parser.add_argument("--out", type=Path, default=output.RESULTS)
     chosen = parser.parse_args()
 
@@ -229,7 +232,7 @@ def main() -> None:
         late = time.time() - start > chosen.seconds
         return not late and any(region.state == "pending" for region in frame_swap.report().regions)
 
-    with workers.stopped_at_times():
+    with contextlib.nullcontext() if chosen.undisturbed else workers.stopped_at_times():
         before = rounds_of(calls, workers, start, is_awaited)
     frame_swap.wait()
     after: list[Round] = []
