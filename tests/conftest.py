@@ -22,7 +22,8 @@ SUBSETS = {"--quick": {"quick"}, "--fast": {"quick", "fast"}}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the tests marked long, too")
+    parser.addoption("--long", action="store_true", help="run the tests marked long or thorough, too")
+    parser.addoption("--thorough", action="store_true", help="run the tests marked thorough, too")
     parser.addoption("--quick", action="store_true", help="run only tests marked quick: under two minutes")
     parser.addoption("--fast", action="store_true", help="run only tests marked quick or fast: under eight minutes")
     parser.addoption("--first", choices=("graph", "pair"), help="the setting `first` for tests that do not choose")
@@ -34,6 +35,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is here"))
         if item.get_closest_marker("long") and not config.getoption("--long"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
+        if item.get_closest_marker("thorough") and not any(map(config.getoption, ("--long", "--thorough"))):
+            item.add_marker(pytest.mark.skip(reason="a longer way to what others show; run with --thorough"))
     for option, marks in SUBSETS.items():
         if config.getoption(option):
             selected = {item for item in items if any(mark.name in marks for mark in item.iter_markers())}

@@ -110,7 +110,10 @@ print("frame-swap" if "frame_swap.backend" in sys.modules else "stock")
 """
 
 
-@pytest.mark.parametrize(("value", "printed"), [("1", "frame-swap"), ("0", "stock"), ("", "stock")])
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [("1", "frame-swap"), ("0", "stock"), pytest.param("", "stock", marks=pytest.mark.thorough)],
+)
 def test_the_variable_enables_it(value: str, printed: str, tmp_path: Path) -> None:
     environment = os.environ | {"FRAME_SWAP": value, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     if not value:

@@ -272,6 +272,7 @@ class Layer(nn.Module):
         return self.linear(x).relu()
 
 
+@pytest.mark.thorough
 def test_a_program_in_c_plus_plus_runs_what_is_exported(tmp_path: Path) -> None:
     package = tmp_path / "layer.pt2"
     with torch.no_grad():

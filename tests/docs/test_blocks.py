@@ -75,9 +75,14 @@ def test_the_code_of_the_settings_pages_runs(tmp_path: Path) -> None:
     check([sys.executable, "-c", ONE_AFTER_THE_OTHER, *names], tmp_path)
 
 
-SLOW = ("recipes/trainer.md",)
+def marks_of(page: Path) -> list[pytest.MarkDecorator]:
+    if page.parent.name == "recipes":
+        return [pytest.mark.long if page.stem == "trainer" else pytest.mark.thorough]
+    return []
+
+
 RUN = [
-    pytest.param(page, id=name_of(page), marks=[pytest.mark.long] if name_of(page) in SLOW else [])
+    pytest.param(page, id=name_of(page), marks=marks_of(page))
     for page in pages()
     if (program(page) or commands(page)) and not is_of_a_setting(page)
 ]

@@ -202,6 +202,7 @@ def test_two_programs_that_want_the_same_graph_compile_it_once(cluster: Cluster,
 # --- Faults ---
 
 
+@pytest.mark.thorough
 def test_a_killed_worker_s_compile_goes_to_another(client: Any, cluster: Cluster) -> None:
     frame_swap.configure(executor=client.get_executor())
     pids = client.run(os.getpid)

@@ -300,7 +300,9 @@ SCRIPT = """
 long = pytest.mark.long
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=long)])
+@pytest.mark.parametrize(
+    "method", ["fork", pytest.param("spawn", marks=pytest.mark.thorough), pytest.param("forkserver", marks=long)]
+)
 def test_multiprocessing(method: str, tmp_path: Path) -> None:
     body = f"""
         import multiprocessing

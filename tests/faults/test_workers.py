@@ -72,7 +72,7 @@ SIGKILL = ("the worker was lost: it was killed by SIGKILL", "configure(workers=1
         ("importing", "raises", ("ended with exit code 1 while importing torch", "ArithmeticError: for the test")),
         pytest.param("compiling", "killed_beside_a_compiler", (*SIGKILL, "while compiling")),
         pytest.param("compiling", "exits", ("exit code 3 while compiling",), marks=pytest.mark.long),
-        ("sending", "killed", (*SIGKILL, "while sending its result")),
+        pytest.param("sending", "killed", (*SIGKILL, "while sending its result"), marks=pytest.mark.thorough),
     ],
 )
 def test_a_worker_that_is_lost_twice_leaves_the_pair(

@@ -52,6 +52,7 @@ def swapped(store: str) -> str:
     )
 
 
+@pytest.mark.thorough
 @needs_gloo
 def test_each_bucket_swaps_in_a_first_run_and_in_a_second(run_program: Callable[..., Any], tmp_path: Path) -> None:
     for store in ("kept", "found"):

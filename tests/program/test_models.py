@@ -110,7 +110,14 @@ class Transformer(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-@pytest.mark.parametrize("build", [bert, gpt2, vit, our_own], ids=lambda build: build.__name__)
+thorough = pytest.mark.thorough
+
+
+@pytest.mark.parametrize(
+    "build",
+    [bert, pytest.param(gpt2, marks=thorough), pytest.param(vit, marks=thorough), our_own],
+    ids=lambda build: build.__name__,
+)
 def test_model_through_the_swap(build: Build, device: str) -> None:
     def trained_and_asked(compiled: Wrap) -> Subject:
         model, inputs = build()

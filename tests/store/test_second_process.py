@@ -79,7 +79,7 @@ TRACED = ("graph breaks", "dynamic shapes and late guards", "operators", "floats
 """Programs whose frames are traced in each run."""
 
 FRAMES = [
-    pytest.param(name, marks=[] if name == "the demo" else [pytest.mark.long])
+    pytest.param(name, marks=[pytest.mark.thorough if name == "the demo" else pytest.mark.long])
     for name in PROGRAMS
     if name not in TRACED
 ]
@@ -94,6 +94,7 @@ def test_with_its_frames_kept_the_second_process_traces_nothing(run: Run, name: 
     assert warm["results"][0] == warm["results"][1] == cold["results"][1]
 
 
+@pytest.mark.thorough
 def test_without_a_store_both_processes_compile(run: Run) -> None:
     """What the assertions above would see if nothing were kept."""
     for _ in range(2):
@@ -104,6 +105,7 @@ def test_without_a_store_both_processes_compile(run: Run) -> None:
         assert {region["store"] for region in told["last"]} == {""}
 
 
+@pytest.mark.thorough
 def test_processes_at_once_compile_each_graph_once(tmp_path: Path) -> None:
     places = {"FRAME_SWAP_STORE": str(tmp_path / "store"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, str(PROGRAM), "graph breaks"]

@@ -68,7 +68,11 @@ def test_a_pipe_gets_lines(run_program: Callable[..., Any]) -> None:
     assert re.search(r"1 of 1 graph on compiled code after \d+ s; eager code has served 1 call$", lines[-1])
 
 
-@pytest.mark.parametrize("waits", ["frame_swap.wait(progress=False)", ""], ids=["False", "no wait"])
+@pytest.mark.parametrize(
+    "waits",
+    ["frame_swap.wait(progress=False)", pytest.param("", marks=pytest.mark.thorough)],
+    ids=["False", "no wait"],
+)
 def test_nothing_is_shown_unasked(waits: str, run_program: Callable[..., Any]) -> None:
     assert run_program(COMPILES + waits).stderr == ""
 
@@ -108,6 +112,7 @@ def test_a_child_of_a_watched_program_prints_and_ends(run_program: Callable[...,
     assert "child" in on_terminal(program)
 
 
+@pytest.mark.thorough
 def test_watch_is_for_whatever_is_compiled_later(run_program: Callable[..., Any]) -> None:
     program = "import frame_swap\nwatching = frame_swap.watch()\n" + COMPILES + "frame_swap.wait(progress=False)\n"
     lines = run_program(program + "watching.stop()").stderr.splitlines()
@@ -166,6 +171,7 @@ def test_nothing_is_estimated_where_that_cannot_be_told(monkeypatch: pytest.Monk
 CELL = WAITS.replace("x.sin() + 1", "x.sin() + 1 + 0 * {n}")
 
 
+@pytest.mark.thorough
 def test_a_notebook_keeps_the_last_state(tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel")
     nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
