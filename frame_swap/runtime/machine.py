@@ -65,10 +65,14 @@ def crowded_by(workers: int) -> bool:
 
 
 WORK = 0.001
-"""Seconds that the loader's thread works, then to rest for as long (rests.py). A thread that calls operators gives
-the GIL away in each, some thousand times a step, and waits `SWITCH_INTERVAL` for it where another thread works on:
-beside an import of 0.7 s, a step of 1.7 ms took up to 160 ms, and with rests 10 (1200 small operators, CPU, Python
-3.11)."""
+"""Seconds that the loader's thread works, then to rest (rests.py). A thread that calls operators gives the GIL away
+in each, some thousand times a step, and waits `SWITCH_INTERVAL` for it where another thread works on: beside an
+import of 0.7 s, a step of 1.7 ms took up to 160 ms, and 10 with rests as long as the work (1200 small operators,
+CPU, Python 3.11)."""
+
+REST = 2.0
+"""Seconds of rest for each second of work. With 1, 2 and 3 a load took 0.49, 0.74 and 0.99 s (0.35 alone), and
+steps beside it 2.0, 1.45 and 1.3 of their usual time (the same on Python 3.12): as many are done, each in less."""
 
 T = TypeVar("T")
 

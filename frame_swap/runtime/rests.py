@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from .machine import WORK
+from .machine import REST, WORK
 
 T = TypeVar("T")
 
 
 def with_rests(call: Callable[[], T], in_a_hurry: Callable[[], bool]) -> T:
-    """Return `call()`, and sleep after each `WORK` seconds for as long, until `in_a_hurry()`."""
+    """Return `call()`, and sleep after each `WORK` seconds for `REST` times as long, until `in_a_hurry()`."""
     if in_a_hurry() or not _one.acquire(blocking=False):
         return call()
     try:
@@ -65,7 +65,7 @@ class _Rests:
         self._in_a_hurry = in_a_hurry
 
     def look(self) -> bool:
-        """Sleep for as long as this thread has worked since its last rest, if that is long enough.
+        """Sleep for `REST` times as long as this thread has worked since its last rest, if that is long enough.
 
         Returns False where it is in a hurry: there are no more rests.
         """
@@ -73,7 +73,7 @@ class _Rests:
             return True
         if self._in_a_hurry():
             return False
-        time.sleep(time.perf_counter() - self._since)
+        time.sleep(REST * (time.perf_counter() - self._since))
         self._since = time.perf_counter()
         return True
 

@@ -88,7 +88,9 @@ CASES: dict[str, Callable[[Wrap], Subject]] = {
 }
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.thorough if case == "autocast" else ()) for case in CASES]
+)
 def test_values_before_during_and_after_the_swap(case: str) -> None:
     with torch.no_grad():
         (record,) = through_swap(CASES[case], device="cpu")

@@ -163,9 +163,14 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param(m, marks=pytest.mark.long) if m == "an import" else m for m in MOMENTS]
-)
+MARKS = {
+    "an import": pytest.mark.long,
+    "an install": pytest.mark.thorough,
+    "the start of workers": pytest.mark.thorough,
+}
+
+
+@pytest.mark.parametrize("moment", [pytest.param(moment, marks=MARKS.get(moment, ())) for moment in MOMENTS])
 def test_a_fork_waits_for(moment: str, run_program: Any) -> None:
     where, begin = MOMENTS[moment]
     states = run(

@@ -168,6 +168,7 @@ def retrying(marks: Path) -> tuple[str, dict[str, str]]:
     return textwrap.dedent(RETRYING.format(marks=str(marks))), environment
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ending", ["pass", pytest.param("raise SystemExit(3)", marks=pytest.mark.long)])
 def test_exit_during_a_second_attempt(run_program: Any, tmp_path: Path, ending: str) -> None:
     program, environment = retrying(tmp_path)
@@ -309,6 +310,7 @@ def test_an_artifact_that_crashes_who_loads_it_crashes_the_worker(faulty: Callab
         assert fault.hits == 2
 
 
+@pytest.mark.thorough
 def test_in_place_of_a_package_that_crashes_who_loads_it_there_is_other_code(
     faulty: Callable[..., Fault],
 ) -> None:

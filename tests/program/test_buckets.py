@@ -62,7 +62,10 @@ def test_each_bucket_swaps_in_a_first_run_and_in_a_second(run_program: Callable[
 @needs_gloo
 @pytest.mark.parametrize(
     "setting",
-    [{"FRAME_SWAP_WHEN": "wait"}, pytest.param({"FRAME_SWAP_FIRST": "pair"}, marks=pytest.mark.long)],
+    [
+        pytest.param({"FRAME_SWAP_WHEN": "wait"}, marks=pytest.mark.thorough),
+        pytest.param({"FRAME_SWAP_FIRST": "pair"}, marks=pytest.mark.long),
+    ],
     ids=["wait", "pair"],
 )
 def test_each_bucket_swaps_as_it_is_told_to(setting: dict[str, str], run_program: Callable[..., Any]) -> None:

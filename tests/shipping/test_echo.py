@@ -222,6 +222,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.thorough
 def test_torch_logs_and_torch_trace_of_a_program(run_program: Any, tmp_path: Path) -> None:
     new = random.random()  # in no cache
     logged, traced = {}, {}

@@ -501,6 +501,7 @@ class Layer(nn.Module):
 """
 
 
+@pytest.mark.thorough
 def test_another_process_traces_what_has_changed_on_disk(tmp_path: Path, store: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     printed = []

@@ -56,9 +56,14 @@ SLOW = (
 )
 """In the names of programs that take what others take, too, and are run with --long."""
 
-NAMES = [
-    pytest.param(name, marks=[pytest.mark.long] if any(word in name for word in SLOW) else []) for name in PROGRAMS
-]
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    if any(word in name for word in SLOW):
+        return [pytest.mark.long]
+    return [pytest.mark.thorough] if name == "operators" else []
+
+
+NAMES = [pytest.param(name, marks=marks_of(name)) for name in PROGRAMS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,6 +124,7 @@ def test_processes_at_once_compile_each_graph_once(tmp_path: Path) -> None:
     assert told[0]["results"][1] == told[1]["results"][1] == told[2]["results"][1]
 
 
+@pytest.mark.thorough
 def test_kept_code_that_cannot_be_loaded_is_compiled_again(run: Run, tmp_path: Path) -> None:
     """It is whole and in its place, but its content is of no use: a mistake that no seal can find."""
     run("opt_in")
