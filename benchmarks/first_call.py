@@ -203,13 +203,8 @@ def draw(runs: dict[str, Run], title: str) -> Figure:
             steps = steps_by(run, run["swap"])
             axes.plot(run["swap"], steps, "o", color=colour, markersize=5)
             axes.annotate("swap", (run["swap"], steps), textcoords="offset points", xytext=(5, -10), color=colour)
-    axes.set_xlabel("seconds since torch.compile")
-    axes.set_ylabel("steps done")
     axes.set_xlim(0, max(run["ends"][-1] for run in runs.values()))
-    axes.set_ylim(0)
-    axes.set_title(title, fontsize=11)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    output.finish(axes, "steps done", title)
     return figure
 
 

@@ -27,10 +27,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
 import torch
 
 import frame_swap
+from frame_swap.farm.workers import workers
 
 from . import models, output
 
@@ -57,16 +57,24 @@ class Round(NamedTuple):
     seconds: dict[str, float]
 
 
-class Workers:
-    """The processes that compile for this one, now stopped and now not."""
+class Stops:
+    """Stops the workers now and then.
+
+    Attributes:
+        changes: how many times they were stopped, or went on.
+    """
 
     def __init__(self) -> None:
-        self.state, self.changes = "run", 0
+        self.changes = 0
         self._end = threading.Event()
-        self._groups: set[int] = set()
+
+    @property
+    def state(self) -> str:
+        """Whether the workers run, or are stopped."""
+        return "stopped" if self.changes % 2 else "run"
 
     @contextlib.contextmanager
-    def stopped_at_times(self) -> Iterator[None]:
+    def every_other_period(self) -> Iterator[None]:
         """Within the block, a thread stops them every other `PERIOD`."""
         thread = threading.Thread(target=self._run)
         thread.start()
@@ -79,40 +87,30 @@ class Workers:
     def _run(self) -> None:
         try:
             while not self._end.wait(PERIOD):
-                stop = self.state == "run"
-                self._signal(signal.SIGSTOP if stop else signal.SIGCONT)
-                self.state, self.changes = "stopped" if stop else "run", self.changes + 1
+                _signal(signal.SIGSTOP if self.state == "run" else signal.SIGCONT)
+                self.changes += 1
         finally:
-            self._signal(signal.SIGCONT)
+            _signal(signal.SIGCONT)
 
-    def _signal(self, number: signal.Signals) -> None:
-        if number is signal.SIGSTOP:
-            self._groups = set(self._find())
-        for group in self._groups:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, number)
 
-    @staticmethod
-    def _find() -> Iterator[int]:
-        """Their process groups: each worker is in one of its own, with its compilers."""
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(ProcessLookupError):
-                if (group := os.getpgid(child.pid)) != os.getpgrp():
-                    yield group
+def _signal(number: signal.Signals) -> None:
+    for pid in workers.pids():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, number)  # a worker's group has its compilers, too
 
 
 def rounds_of(
-    calls: dict[str, Callable[[], None]], workers: Workers, start: float, go_on: Callable[[int], bool]
+    calls: dict[str, Callable[[], None]], stops: Stops, start: float, go_on: Callable[[int], bool]
 ) -> list[Round]:
     """Rounds of steps, as long as `go_on` says so of the number of rounds."""
     rounds: list[Round] = []
     while go_on(len(rounds)):
-        began, changes, seconds = time.time() - start, workers.changes, {}
+        began, changes, seconds = time.time() - start, stops.changes, {}
         for arm, call in calls.items():
             before = time.perf_counter()
             call()
             seconds[arm] = time.perf_counter() - before
-        state = workers.state if workers.changes == changes else None
+        state = stops.state if stops.changes == changes else None
         rounds.append(Round(round(began, 3), state, seconds))
     return rounds
 
@@ -121,9 +119,8 @@ def rounds_of(
 
 
 def ratio(rounds: Sequence[Round], arm: str, to: str) -> float:
-    """The median of the rounds' ratios; NaN where there is no round."""
-    ratios = [one.seconds[arm] / one.seconds[to] for one in rounds]
-    return statistics.median(ratios) if ratios else float("nan")
+    """The median of the rounds' ratios."""
+    return statistics.median(one.seconds[arm] / one.seconds[to] for one in rounds)
 
 
 def mean_ratio(rounds: Sequence[Round], arm: str, to: str) -> float:
@@ -188,12 +185,7 @@ def draw(before: Sequence[Round], after: Sequence[Round], title: str) -> Figure:
             color=output.COLOURS[arm],
             alpha=[0.35 if one.workers == "stopped" else 1.0 for one in rounds],
         )
-    axes.set_xlabel("seconds since torch.compile")
-    axes.set_ylabel("ms a step")
-    axes.set_ylim(0)
-    axes.set_title(title, fontsize=11)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    output.finish(axes, "ms a step", title)
     return figure
 
 
@@ -226,21 +218,21 @@ def main() -> None:
     calls = {"eager": stepper(None), "dynamo": stepper("eager")}
     start = time.time()
     calls["frame_swap"] = stepper("frame_swap")
-    workers = Workers()
+    stops = Stops()
 
     def is_awaited(number: int) -> bool:
         late = time.time() - start > chosen.seconds
         return not late and any(region.state == "pending" for region in frame_swap.report().regions)
 
-    with contextlib.nullcontext() if chosen.undisturbed else workers.stopped_at_times():
-        before = rounds_of(calls, workers, start, is_awaited)
+    with contextlib.nullcontext() if chosen.undisturbed else stops.every_other_period():
+        before = rounds_of(calls, stops, start, is_awaited)
     frame_swap.wait()
     after: list[Round] = []
     if chosen.rounds:
         calls = {"eager": calls["eager"], "inductor": stepper("inductor"), "frame_swap": calls["frame_swap"]}
         for call in calls.values():
             call()
-        after = rounds_of(calls, workers, start, lambda number: number < chosen.rounds)
+        after = rounds_of(calls, stops, start, lambda number: number < chosen.rounds)
 
     kind = "infer" if chosen.infer else "train"
     what = f"{chosen.model}, {kind}, torch {torch.__version__}, {output.device_name()}"

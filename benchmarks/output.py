@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,6 +65,16 @@ def run_arm(name: str, command: list[str], environment: dict[str, str]) -> dict[
 def without_folders(text: str) -> str:
     """`text` with the names of files in place of their paths, which are of the machine that measured."""
     return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+(?=[\w.+-]+)", "", text)
+
+
+def finish(axes: Axes, what: str, title: str) -> None:
+    """Label a picture of `what`, from 0 on, over the seconds since `torch.compile`, once all is drawn."""
+    axes.set_xlabel("seconds since torch.compile")
+    axes.set_ylabel(what)
+    axes.set_ylim(0)
+    axes.set_title(title, fontsize=11)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def write(stem: Path, results: dict[str, Any], figure: Figure) -> None:

@@ -286,7 +286,7 @@ class Delivery:
         """What the code has to pass before it is installed; `compiled` takes the held tensors, too."""
         order = self._order
         if order.graph is not None:
-            options = {**order.parcel.state.configs["inductor"], **order.options}
+            options = order.parcel.state.inductor_config(order.options)
             yield Verification(
                 order.settings.verify,
                 order.graph,

@@ -30,12 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    thorough = config.getoption("--thorough") or config.getoption("--long")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is here"))
         if item.get_closest_marker("long") and not config.getoption("--long"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
-        if item.get_closest_marker("thorough") and not any(map(config.getoption, ("--long", "--thorough"))):
+        if item.get_closest_marker("thorough") and not thorough:
             item.add_marker(pytest.mark.skip(reason="a longer way to what others show; run with --thorough"))
     for option, marks in SUBSETS.items():
         if config.getoption(option):

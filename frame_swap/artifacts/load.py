@@ -100,7 +100,7 @@ def try_out(packed: Packed, state: ProcessState, options: dict[str, Any]) -> byt
     So an artifact that crashes a process crashes the worker. Inductor forgets the modules that were loaded.
     """
     with loading.loaded_modules_forgotten(), generated.recorded() as made:
-        config = {**state.configs["inductor"], **options}
+        config = state.inductor_config(options)
         compiled = _load(packed.content, state, config, packed.constants, guarded=True)
     if compiled.package is not None and not compiled.wrappers:
         return seal(pickle.dumps(Bare(compiled.package, compiled.taken, compiled.repeatable)), packed.gpus)
@@ -139,7 +139,7 @@ def load(
         return opened.loaded(guarded=guarded)
     content, made = opened
     prepare(compiler=bool(made.compiling))
-    config = {**state.configs["inductor"], **options}
+    config = state.inductor_config(options)
     if not inductor.asks_for_cudagraphs(config):
         recording = None
     with dynamo.compile_lock, generated.supplied(made), cuda_graphs.put_off(recording):

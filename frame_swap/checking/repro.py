@@ -86,7 +86,7 @@ def difference(folder: Path) -> str:
     constants = values.load(outcome.constants) if outcome.constants is not None else None
     compiled = load.load(outcome.artifact, opened.state, opened.options, constants, guarded=False)
     gm, _, _ = graph.unpack(opened.graph, call["sizes"])
-    settings = {**opened.state.configs["inductor"], **opened.options}
+    settings = opened.state.inductor_config(opened.options)
     with opened.state.applied_to_thread():
         arguments = tuple(_restored(*value) for value in call["values"])
         same_numbers = settings.get("fallback_random", inductor.inductor_config.fallback_random)

@@ -208,7 +208,7 @@ def pack(
 
 def _freezes(state: ProcessState, options: dict[str, Any]) -> bool:
     """Whether Inductor makes the values of parameters constants; it does so only where nothing needs gradients."""
-    return bool({**state.configs["inductor"], **options}.get("freezing")) and not state.grad
+    return bool(state.inductor_config(options).get("freezing")) and not state.grad
 
 
 def repacked(content: bytes) -> Parcel:

@@ -134,6 +134,10 @@ class ProcessState:
             environment=environment(of_machine=False),
         )
 
+    def inductor_config(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What differs from the defaults of Inductor's config in a compile with these changes."""
+        return {**self.configs["inductor"], **options}
+
     @contextlib.contextmanager
     def applied_to_thread(self) -> Iterator[None]:
         """Within the block, the calling thread has the captured grad mode, inference mode and autocast."""
