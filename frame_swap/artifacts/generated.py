@@ -15,7 +15,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
-from ..internals import generated_code, loading
+from ..internals import generated_code, launches, loading
 from ..runtime.patching import patched
 
 
@@ -59,20 +59,23 @@ def recorded() -> Iterator[Generated]:
 def supplied(generated: Generated) -> Iterator[None]:
     """In the program: what is loaded within the block takes from `generated` what is there.
 
-    No processes are started that would compile kernels: all are compiled. Process-wide, so only under Dynamo's
-    compile lock.
+    No processes are started that would compile kernels: all are compiled. Code launches them directly.
+    Process-wide, so only under Dynamo's compile lock.
     """
     load = getattr(*loading.maker_of_modules())
 
     def load_module(key: str, path: str, set_sys_modules: bool = True) -> Any:
         if (marshalled := generated.modules.get(key)) is None:
             return load(key, path, set_sys_modules)
-        return _module(key, path, marshal.loads(marshalled), set_sys_modules)
+        module = _module(key, path, marshal.loads(marshalled), set_sys_modules)
+        launches.launch_directly(module)
+        return module
 
     loading.set_torch_hash(generated.torch)
     with contextlib.ExitStack() as stack:
         stack.enter_context(patched(*loading.maker_of_modules(), load_module))
         stack.enter_context(patched(loading.kernel_compilers(), "use_process_pool", classmethod(lambda cls: False)))
+        stack.enter_context(launches.noted())
         if generated.triton:
             for owner, name in loading.triton_hashes():
                 if name in generated.triton:

@@ -15,20 +15,20 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import gpu
+from . import gpu, launches
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def for_the_program(*, autotunes: bool) -> Iterator[None]:
-    """Within the block, kernels are tuned as it suits a program that runs beside this worker.
+    """Within the block, kernels are made and tuned as it suits a program that runs beside this worker.
 
     Args:
         autotunes: whether the compile times many kernels for one.
     """
     slices = in_slices() if autotunes else contextlib.nullcontext()
-    with winners_kept(), apart_from_the_code(), in_little_memory(), slices:
+    with launches.named_shortly(), winners_kept(), apart_from_the_code(), in_little_memory(), slices:
         yield
 
 

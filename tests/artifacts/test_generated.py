@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from subprocess import CompletedProcess
+from types import FunctionType
 from typing import Any
 
 import pytest
+import torch
 
 from frame_swap.internals import generated_code
 
@@ -38,8 +40,6 @@ def test_what_nobody_looks_up_is_not_imported() -> None:
 
 @pytest.mark.quick
 def test_operators_are_torchs_own() -> None:
-    import torch
-
     source = f"{HEADER}def call(a): return extern_kernels.mm(a, a), extern_kernels.addmm\n1 / 0\n"
     code, heavy = generated_code.compiled_lightly(source, "made.py")
     assert not heavy
@@ -61,6 +61,63 @@ def test_other_uses_keep_the_import(use: str) -> None:
     assert heavy is (use != "[extern_kernels.mm]")
     assert ("torch._inductor.select_algorithm" in code.co_names) is ("extern" in use and heavy)
     assert ("torch._inductor.codegen.memory_planning" in code.co_names) is ("align" in use)
+
+
+GUARDED = """\
+import torch
+def call(args):
+    with torch.cuda._DeviceGuard(1):
+        torch.cuda.set_device(1)
+        done("on 1")
+        with torch.cuda._DeviceGuard(0):
+            torch.cuda.set_device(0)
+            done("on 0")
+            assert args
+        done("on 1 again")
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_devices_are_set_as_by_guards(succeeds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[object] = []
+
+    def exchange(device: int) -> int:
+        log.append(("exchange", device))
+        return device + 5
+
+    functions = {
+        "exchangeDevice": exchange,
+        "maybeExchangeDevice": lambda device: log.append(("back", device)),
+        "setDevice": lambda device: log.append(("set", device)),
+    }
+    for name, function in functions.items():
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", function, raising=False)
+        monkeypatch.setattr(torch.cuda, f"_cuda_{name}", function, raising=False)  # the name that `torch.cuda` uses
+    monkeypatch.setattr(torch.cuda, "_exchange_device", functions["exchangeDevice"])
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", functions["maybeExchangeDevice"])
+    logs = []
+    for code in (compile(GUARDED, "made.py", "exec"), generated_code.compiled_lightly(GUARDED, "made.py")[0]):
+        variables = {**run(code), "done": log.append}
+        call = FunctionType(variables["call"].__code__, variables)
+        if succeeds:
+            call([1])
+        else:
+            with pytest.raises(AssertionError) as raised:
+                call([])
+            assert raised.traceback[-1].lineno + 1 == 9
+        logs.append(log.copy())
+        log.clear()
+    assert (
+        logs[1]
+        == logs[0]
+        == [
+            *(("exchange", 1), ("set", 1), "on 1", ("exchange", 0), ("set", 0), "on 0", ("back", 5)),
+            *(["on 1 again"] if succeeds else []),
+            ("back", 6),
+        ]
+    )
+    assert "_DeviceGuard" not in call.__code__.co_names
 
 
 PROGRAM = """
