@@ -7,6 +7,7 @@ the outcomes: so a test that takes its worker down has an outcome, too.
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import importlib
 import os
@@ -142,9 +143,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def stub_missing_names(path: Path) -> None:
     """Give torch the names that a test file of another version imports and this torch lacks.
 
-    A stub decorates without effect. Only tests that use such a name are affected, with stock as well.
+    A stub decorates without effect. Only tests that use such a name are affected, with stock as well. What a file
+    looks up and has not got, `import *` was to bring.
     """
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
             continue
         root, _, rest = node.module.partition(".")
@@ -155,9 +158,21 @@ def stub_missing_names(path: Path) -> None:
             continue
         with contextlib.suppress(ImportError):
             module = importlib.import_module(node.module)
-            for alias in node.names:
-                if alias.name != "*" and not _has(module, alias.name):
-                    setattr(module, alias.name, _stub)
+            names = [alias.name for alias in node.names]
+            for name in _unbound(tree) if names == ["*"] else names:
+                if not _has(module, name):
+                    setattr(module, name, _stub)
+
+
+def _unbound(tree: ast.Module) -> set[str]:
+    """Names that a file looks up, and that it neither defines nor imports by name."""
+    nodes = list(ast.walk(tree))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | vars(builtins).keys()
+    bound |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    bound |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return {node.id for node in names} - bound
 
 
 def _has(module: ModuleType, name: str) -> bool:
