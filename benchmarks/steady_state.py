@@ -16,7 +16,8 @@ Arms:
   BERT, `opt_in(static_module=True)` if that exists.
 - "call", not for whole steps: only Inductor's generated functions for forward and backward, called by hand with the
   inputs that stock gave them. It checks no guards and reads no parameters. No wrapper around the same code can be
-  faster. "Over call" is the time that an arm takes beyond it.
+  faster; but on a GPU frame_swap's code launches kernels in a shorter way. "Over call" is the time that an arm
+  takes beyond it.
 - "function", with gradients: an `autograd.Function` written by hand around the same two functions. Nothing that
   autograd can differentiate can be faster.
 
