@@ -74,7 +74,7 @@ def noted() -> Iterator[None]:
 
 
 def launch_directly(module: ModuleType) -> None:
-    """Give the kernels of a generated module that were made while `noted`, and allow it, a `run` of their own."""
+    """Give kernels of a generated module a `run` of their own: those that were `noted` and need no more."""
     heuristics = _heuristics()
     if heuristics is None:
         return
