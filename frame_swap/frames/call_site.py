@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 from ..codegen.calls import Target, call_constants, direct_calls
 from ..errors import FrameGone, Indirect
 from ..internals import dynamo
+from ..runtime import machine
 from . import cache_entry, dispatch
 
 
@@ -229,7 +230,8 @@ def _on_generated_code(code: CodeType, new_code: CodeType) -> CodeType | None:
     sites = {name: site for name, site in named.items() if site.holds_callee()}
     if not sites:
         return None
-    base = call_constants(new_code, {name: site.placeholder for name, site in sites.items()})
+    callees = {name: site.placeholder for name, site in sites.items()}
+    base = machine.run_uncollected(functools.partial(call_constants, new_code, callees))
     frame = _Frame(code, base, list(sites.values()))
     for site in sites.values():
         site.bind(frame)

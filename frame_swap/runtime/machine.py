@@ -2,7 +2,8 @@
 
 The program comes first. Workers take half of the CPUs at most and run at a lower priority. Nobody spins: neither
 workers, nor the program's threads while workers compile (openmp.py). The threads that capture frames and load
-results give the GIL back early, and let no full garbage collection begin, during which they would hold it.
+results give the GIL back early, and let no full garbage collection begin, during which they would hold it. Nor
+does one begin while a call of the program's packs a graph or rewrites its frame.
 
 What was tried besides, with figures, is in docs/benchmarks.md.
 """
@@ -145,16 +146,40 @@ def _put_back() -> None:
         gc.unfreeze()
 
 
-_lock, _courteous = threading.Lock(), 0
-_usual = _Settings.current()
+def run_uncollected(call: Callable[[], T]) -> T:
+    """Return `call()`, and meanwhile begin no garbage collection by itself.
+
+    For what takes less than a tenth of a second, makes many objects and keeps few: that they are there for a moment
+    is then no reason for a full collection, which takes tenths of a second. Of 20 first calls in one process, of
+    graphs of 2 to 40 layers of attention, 13 had one, and now 10 have; with Dynamo alone 9 have.
+    """
+    global _uncollected, _collects
+    with _lock:
+        if not _uncollected:
+            _collects = gc.isenabled()
+            gc.disable()
+        _uncollected += 1
+    try:
+        return call()
+    finally:
+        with _lock:
+            _uncollected -= 1
+            if _collects and not _uncollected:
+                gc.enable()
+
+
+_lock, _courteous, _uncollected = threading.Lock(), 0, 0
+_usual, _collects = _Settings.current(), True
 
 
 def _after_fork_in_child() -> None:
-    """The threads that were courteous are not here."""
-    global _lock, _courteous
+    """The threads that were courteous, or made no collection begin, are not here."""
+    global _lock, _courteous, _uncollected
     if _courteous:
         _put_back()
-    _lock, _courteous = threading.Lock(), 0
+    if _uncollected and _collects:
+        gc.enable()
+    _lock, _courteous, _uncollected = threading.Lock(), 0, 0
 
 
 if hasattr(os, "register_at_fork"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable
@@ -267,3 +268,23 @@ def test_a_plain_call_of_the_backend_outside_of_dynamo_is_refused_politely() -> 
     torch.testing.assert_close(compiled(x), (x.sin() + 1,))
     assert only_region().state is State.FOREGROUND
     assert "outside of Dynamo" in only_region().reason
+
+
+def test_a_first_call_packs_and_rewrites_without_garbage_collections() -> None:
+    """So that frame-swap makes no full one due in it."""
+    seen: list[bool] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        names = {frame.name for frame in traceback.extract_stack()}
+        seen.append(not names.isdisjoint({"bare_copy", "stable_pickle", "call_constants"}))
+
+    usual = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(20, 2, 2)
+    try:
+        torch.compile(torch.nn.Linear(8, 8), backend="frame_swap")(torch.randn(2, 8))
+    finally:
+        gc.set_threshold(*usual)
+        gc.callbacks.remove(note)
+    assert seen
+    assert not any(seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 
@@ -102,3 +103,56 @@ def test_objects_that_the_program_has_frozen_stay_frozen() -> None:
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
+
+
+def test_no_garbage_collection_begins_in_an_uncollected_call() -> None:
+    def collections() -> int:
+        before = sum(generation["collections"] for generation in gc.get_stats())
+        kept = [[[]] for _ in range(100_000)]
+        del kept
+        return int(sum(generation["collections"] for generation in gc.get_stats()) - before)
+
+    assert collections() > 0
+    assert machine.run_uncollected(collections) == 0
+    assert collections() > 0
+
+
+def test_uncollected_calls_at_a_time_leave_the_collector_as_it_was() -> None:
+    begun, first_ended = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def second() -> None:
+        begun.set()
+        assert first_ended.wait(100)
+        seen.append(gc.isenabled())
+
+    def first() -> None:
+        other.start()
+        assert begun.wait(100)
+
+    for usual in (True, False):
+        begun.clear()
+        first_ended.clear()
+        other = threading.Thread(target=machine.run_uncollected, args=(second,))
+        if not usual:
+            gc.disable()
+        try:
+            machine.run_uncollected(first)
+            first_ended.set()
+            other.join()
+            assert gc.isenabled() is usual
+        finally:
+            gc.enable()
+    assert seen == [False, False]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_that_was_forked_in_an_uncollected_call_collects() -> None:
+    def fork() -> int:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        return os.waitpid(child, 0)[1]
+
+    assert machine.run_uncollected(fork) == 0
