@@ -5,7 +5,7 @@ To run compiled code takes a few light modules of Inductor's. But each generated
 beside Triton, for which the program's steps would have to wait.
 
 On a GPU a call sets the current device by a class of Python's and a function that asks what a device is. Both call
-functions in C, which are called here: that is 1.5 µs of the 14 that a tiny graph's call takes.
+functions in C, which are called here: that is some 1.5 µs of the 14 that a tiny graph's call takes.
 
 Guarantees:
 - What is left out is never looked up, or is looked up in `torch`, where the worker has found the same object.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,11 @@ with names_looked_up():
 def is_in_use() -> bool:
     """Whether this process has a context on a GPU, and with it some memory there."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def has_triton() -> bool:
+    """Whether Inductor finds Triton."""
+    return bool(importlib.import_module("torch._inductor.runtime.triton_compat").HAS_TRITON)
 
 
 def give_back_cached(beyond: int = 0) -> None:

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import gpu
+
 __all__ = ["launch_directly", "named_shortly", "noted"]
 
 
@@ -35,12 +37,12 @@ class Note(NamedTuple):
     Attributes:
         parameters: the names of what it is called with, without the stream.
         arguments: expressions of what the kernel gets.
-        grid: the statements, and then the three expressions, that work out the grid.
+        grid: Inductor's expressions of the grid, and the statements before them.
     """
 
     parameters: list[str]
     arguments: list[str]
-    grid: tuple[list[str], Any, Any, Any]
+    grid: Any
 
 
 _NOTE = "_frame_swap_note"
@@ -62,8 +64,7 @@ def noted() -> Iterator[None]:
     def generate(self: Any, scope: dict[str, Any], parameters: list[str], arguments: list[str]) -> Any:
         launcher = usual(self, scope, parameters, arguments)
         grid = heuristics.GridExpr.from_meta(self.inductor_meta, self.config)
-        note = Note(list(parameters), list(arguments), (grid.prefix, grid.x_grid, grid.y_grid, grid.z_grid))
-        setattr(launcher, _NOTE, note)
+        setattr(launcher, _NOTE, Note(parameters, arguments[4:], grid))  # the others are the grid and the stream
         return launcher
 
     owner._gen_launcher_code = generate
@@ -89,10 +90,10 @@ _LONGEST = 120
 
 @contextlib.contextmanager
 def named_shortly() -> Iterator[None]:
-    """In a worker: within the block, kernels are compiled under names that Triton need not cut. Process-wide."""
-    if not importlib.import_module("torch._inductor.runtime.triton_compat").HAS_TRITON:
-        yield
-        return
+    """In a worker: within the block, kernels are compiled under names that Triton need not cut.
+
+    Process-wide; needs Triton.
+    """
     codegen: Any = importlib.import_module("torch._inductor.codegen.triton")
     usual = codegen.get_fused_kernel_name
 
@@ -108,8 +109,7 @@ def named_shortly() -> Iterator[None]:
 
 def _heuristics() -> Any:
     """Inductor's module of kernels, where there is Triton for CUDA and no shorter way in it."""
-    compat: Any = importlib.import_module("torch._inductor.runtime.triton_compat")
-    if not compat.HAS_TRITON or torch.version.hip:
+    if not gpu.has_triton() or torch.version.hip:
         return None
     heuristics: Any = importlib.import_module("torch._inductor.runtime.triton_heuristics")
     return None if hasattr(heuristics.CachingAutotuner, "_build_fast_launcher") else heuristics
@@ -136,7 +136,8 @@ def run({parameters}, *, stream, **_fs_options):
     if _fs_profiler._is_profiler_enabled or _fs_options or _fs_debug_mode():
         return _fs_usual({parameters}, stream=stream, **_fs_options)
     {statements}
-    _fs_launch({function}, {x}, {y}, {z}, {warps}, {shared}, {types!r}, ({arguments},), stream)
+    _fs_launch({function}, {grid.x_grid}, {grid.y_grid}, {grid.z_grid},
+        {warps}, {shared}, {types!r}, ({arguments},), stream)
 """
 
 
@@ -146,19 +147,15 @@ def _direct(kernel: Any, heuristics: Any) -> Any:
     note: Note = getattr(launcher, _NOTE)
     static = launcher.__globals__["runner"].__self__
     scratches = bool(static.has_global_scratch) + bool(static.has_profile_scratch)  # which no kernel here uses
-    arguments = [*note.arguments[4:], *["None"] * scratches]  # the others are the grid and the stream
-    statements, x, y, z = note.grid
     source = _RUN.format(
         parameters=", ".join(note.parameters),
-        statements="\n    ".join(statements) or "pass",
+        grid=note.grid,
+        statements="\n    ".join(note.grid.prefix) or "pass",
         function=static.function,
-        x=x,
-        y=y,
-        z=z,
         warps=static.num_warps,
         shared=static.shared,
         types=static.arg_tys + "O" * scratches,
-        arguments=", ".join(arguments),
+        arguments=", ".join([*note.arguments, *["None"] * scratches]),
     )
     names = {
         **launcher.__globals__,

@@ -27,8 +27,14 @@ def for_the_program(*, autotunes: bool) -> Iterator[None]:
     Args:
         autotunes: whether the compile times many kernels for one.
     """
-    slices = in_slices() if autotunes else contextlib.nullcontext()
-    with launches.named_shortly(), winners_kept(), apart_from_the_code(), in_little_memory(), slices:
+    changes = [apart_from_the_code()]
+    if gpu.has_triton():
+        changes += [launches.named_shortly(), winners_kept(), in_little_memory()]
+    if autotunes:
+        changes.append(in_slices())
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(change)
         yield
 
 
@@ -36,11 +42,8 @@ def for_the_program(*, autotunes: bool) -> Iterator[None]:
 def winners_kept() -> Iterator[None]:
     """Within the block, a compile's result has, of each kernel that was tuned, the winning config alone.
 
-    Process-wide; nothing happens where Triton is not installed.
+    Process-wide; needs Triton.
     """
-    if not importlib.import_module("torch._inductor.runtime.triton_compat").HAS_TRITON:
-        yield
-        return
     heuristics: Any = importlib.import_module("torch._inductor.runtime.triton_heuristics")
     bundler: Any = importlib.import_module("torch._inductor.triton_bundler").TritonBundler
     path_key: Any = importlib.import_module("torch._inductor.runtime.runtime_utils").triton_hash_to_path_key
@@ -167,11 +170,8 @@ MOST_CACHED = 16 << 20
 def in_little_memory() -> Iterator[None]:
     """Within the block, this process takes less of a GPU's memory: for its context, and beside what a tuning needs.
 
-    Process-wide; nothing happens where Triton is not installed.
+    Process-wide; needs Triton.
     """
-    if not importlib.import_module("torch._inductor.runtime.triton_compat").HAS_TRITON:
-        yield
-        return
     autotuner: Any = importlib.import_module("torch._inductor.runtime.triton_heuristics").CachingAutotuner
     usual = autotuner.autotune_to_one_config
 

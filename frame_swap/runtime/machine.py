@@ -10,6 +10,7 @@ What was tried besides, with figures, is in docs/benchmarks.md.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -84,21 +85,9 @@ def run_courteously(call: Callable[[], T]) -> T:
     Nor does Python begin a full garbage collection by itself: `gc.collect()` does. What is made meanwhile, by all
     threads, counts as old afterwards, and a full collection is as far away as after one.
 
-    Several threads may do so at a time: the first changes the settings, and the last puts them back.
+    Several threads may do so at a time.
     """
-    global _courteous, _usual
-    with _lock:
-        if not _courteous:
-            _usual = _Settings.current()
-            _usual.courteous().apply()
-        _courteous += 1
-    try:
-        return call()
-    finally:
-        with _lock:
-            _courteous -= 1
-            if not _courteous:
-                _put_back()
+    return _courteously.run(call)
 
 
 class _Settings(NamedTuple):
@@ -134,12 +123,18 @@ _HAS_GENERATIONS = sys.version_info < (3, 14) and not sysconfig.get_config_var("
 _NEVER = 1_000_000_000
 
 
-def _put_back() -> None:
+def _be_courteous() -> Callable[[], None]:
+    usual = _Settings.current()
+    usual.courteous().apply()
+    return functools.partial(_put_back, usual)
+
+
+def _put_back(usual: _Settings) -> None:
     """Restore the settings, except for those that the program has changed since."""
-    ours, now = _usual.courteous(), _Settings.current()
-    thresholds = _usual.thresholds if now.thresholds == ours.thresholds else now.thresholds
+    ours, now = usual.courteous(), _Settings.current()
+    thresholds = usual.thresholds if now.thresholds == ours.thresholds else now.thresholds
     unchanged = abs(now.switch_interval - ours.switch_interval) < 1e-6  # Python rounds it
-    _Settings(_usual.switch_interval if unchanged else now.switch_interval, thresholds).apply()
+    _Settings(usual.switch_interval if unchanged else now.switch_interval, thresholds).apply()
     if thresholds[0] and not gc.get_freeze_count():  # else the program wants its old objects left out
         # All objects move to the oldest generation, and the count that makes a full collection due begins anew.
         gc.freeze()
@@ -152,35 +147,55 @@ def run_uncollected(call: Callable[[], T]) -> T:
     For what takes less than a tenth of a second, makes many objects and keeps few: that they are there for a moment
     is then no reason for a full collection, which takes tenths of a second. Of 20 first calls in one process, of
     graphs of 2 to 40 layers of attention, 13 had one, and now 10 have; with Dynamo alone 9 have.
+
+    Several threads may do so at a time.
     """
-    global _uncollected, _collects
-    with _lock:
-        if not _uncollected:
-            _collects = gc.isenabled()
-            gc.disable()
-        _uncollected += 1
-    try:
-        return call()
-    finally:
-        with _lock:
-            _uncollected -= 1
-            if _collects and not _uncollected:
-                gc.enable()
+    return _uncollected.run(call)
 
 
-_lock, _courteous, _uncollected = threading.Lock(), 0, 0
-_usual, _collects = _Settings.current(), True
+def _put_off_collections() -> Callable[[], None]:
+    if not gc.isenabled():
+        return lambda: None
+    gc.disable()
+    return gc.enable
 
 
-def _after_fork_in_child() -> None:
-    """The threads that were courteous, or made no collection begin, are not here."""
-    global _lock, _courteous, _uncollected
-    if _courteous:
-        _put_back()
-    if _uncollected and _collects:
-        gc.enable()
-    _lock, _courteous, _uncollected = threading.Lock(), 0, 0
+class _Change:
+    """A change of the process's settings for the length of calls, of which threads make several at a time.
 
+    The first call makes the change, and the last one takes it back. So does a forked child, where the threads that
+    are in such calls do not exist.
+
+    Args:
+        make: makes it; returns what takes it back.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[], None]]) -> None:
+        self._make = make
+        self._take_back: Callable[[], None]
+        self._lock, self._calls = threading.Lock(), 0
+
+    def run(self, call: Callable[[], T]) -> T:
+        with self._lock:
+            if not self._calls:
+                self._take_back = self._make()
+            self._calls += 1
+        try:
+            return call()
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if not self._calls:
+                    self._take_back()
+
+    def after_fork_in_child(self) -> None:
+        if self._calls:
+            self._take_back()
+        self._lock, self._calls = threading.Lock(), 0
+
+
+_courteously, _uncollected = _Change(_be_courteous), _Change(_put_off_collections)
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=_courteously.after_fork_in_child)
+    os.register_at_fork(after_in_child=_uncollected.after_fork_in_child)

@@ -93,7 +93,6 @@ def test_devices_are_set_as_by_guards(succeeds: bool, monkeypatch: pytest.Monkey
     }
     for name, function in functions.items():
         monkeypatch.setattr(torch._C, f"_cuda_{name}", function, raising=False)
-        monkeypatch.setattr(torch.cuda, f"_cuda_{name}", function, raising=False)  # the name that `torch.cuda` uses
     monkeypatch.setattr(torch.cuda, "_exchange_device", functions["exchangeDevice"])
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", functions["maybeExchangeDevice"])
     logs = []
@@ -108,15 +107,9 @@ def test_devices_are_set_as_by_guards(succeeds: bool, monkeypatch: pytest.Monkey
             assert raised.traceback[-1].lineno + 1 == 9
         logs.append(log.copy())
         log.clear()
-    assert (
-        logs[1]
-        == logs[0]
-        == [
-            *(("exchange", 1), ("set", 1), "on 1", ("exchange", 0), ("set", 0), "on 0", ("back", 5)),
-            *(["on 1 again"] if succeeds else []),
-            ("back", 6),
-        ]
-    )
+    expected = [("exchange", 1), ("set", 1), "on 1", ("exchange", 0), ("set", 0), "on 0", ("back", 5)]
+    expected += [*(["on 1 again"] if succeeds else []), ("back", 6)]
+    assert logs == [expected, expected]
     assert "_DeviceGuard" not in call.__code__.co_names
 
 

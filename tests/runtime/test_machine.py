@@ -6,12 +6,16 @@ import gc
 import os
 import sys
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 
 from frame_swap.runtime import machine
 
 pytestmark = pytest.mark.quick
+
+T = TypeVar("T")
 
 
 @pytest.fixture(params=[1, 2, 8, 128])
@@ -25,25 +29,31 @@ def test_compilers_fit_the_cpus_and_leave_one_where_there_are_some(cpus: int) ->
     assert machine.compilers() == min(cpus - 1 if cpus >= 4 else cpus, machine.MOST_COMPILERS)
 
 
-def test_courteous_calls_at_a_time_put_the_interval_back() -> None:
-    usual = sys.getswitchinterval()
+def seen_at_the_end_of_two_calls_at_a_time(run: Callable[[Callable[[], None]], None], look: Callable[[], T]) -> T:
+    """What `look` returns in the second of two calls of `run`, of which the first has ended before."""
     begun, first_ended = threading.Event(), threading.Event()
-    seen: list[float] = []
+    seen: list[T] = []
 
     def second() -> None:
         begun.set()
         assert first_ended.wait(100)
-        seen.append(sys.getswitchinterval())
+        seen.append(look())
 
     def first() -> None:
         other.start()
         assert begun.wait(100)
 
-    other = threading.Thread(target=machine.run_courteously, args=(second,))
-    machine.run_courteously(first)
+    other = threading.Thread(target=run, args=(second,))
+    run(first)
     first_ended.set()
     other.join()
-    assert seen == [machine.SWITCH_INTERVAL]
+    return seen[0]
+
+
+def test_courteous_calls_at_a_time_put_the_interval_back() -> None:
+    usual = sys.getswitchinterval()
+    seen = seen_at_the_end_of_two_calls_at_a_time(machine.run_courteously, sys.getswitchinterval)
+    assert seen == machine.SWITCH_INTERVAL
     assert sys.getswitchinterval() == usual
 
 
@@ -117,33 +127,15 @@ def test_no_garbage_collection_begins_in_an_uncollected_call() -> None:
     assert collections() > 0
 
 
-def test_uncollected_calls_at_a_time_leave_the_collector_as_it_was() -> None:
-    begun, first_ended = threading.Event(), threading.Event()
-    seen: list[bool] = []
-
-    def second() -> None:
-        begun.set()
-        assert first_ended.wait(100)
-        seen.append(gc.isenabled())
-
-    def first() -> None:
-        other.start()
-        assert begun.wait(100)
-
-    for usual in (True, False):
-        begun.clear()
-        first_ended.clear()
-        other = threading.Thread(target=machine.run_uncollected, args=(second,))
-        if not usual:
-            gc.disable()
-        try:
-            machine.run_uncollected(first)
-            first_ended.set()
-            other.join()
-            assert gc.isenabled() is usual
-        finally:
-            gc.enable()
-    assert seen == [False, False]
+@pytest.mark.parametrize("usual", [True, False])
+def test_uncollected_calls_at_a_time_leave_the_collector_as_it_was(usual: bool) -> None:
+    if not usual:
+        gc.disable()
+    try:
+        assert seen_at_the_end_of_two_calls_at_a_time(machine.run_uncollected, gc.isenabled) is False
+        assert gc.isenabled() is usual
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
