@@ -15,6 +15,7 @@ import torch
 from ..errors import first_line
 from ..internals import beside, dispatcher, dynamo, eager, fake_tensors
 from ..settings import First
+from .masks import leave_out_masks
 from .pair import trace_pair
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ trace their subgraphs in each call that records gradients; activation checkpoint
 
 
 def serve_graph(gm: torch.fx.GraphModule) -> Callable[..., Any]:
-    """Run Dynamo's graph op by op, under PyTorch's autograd."""
+    """Run Dynamo's graph op by op, under PyTorch's autograd. May change the graph, but not what it computes."""
+    leave_out_masks(gm)
     forward: Callable[..., Any] = gm.forward  # made once: for a lazy graph module this is what compiles the code
     return forward
