@@ -16,7 +16,7 @@ import frame_swap
 from frame_swap import State
 from frame_swap.internals import dynamo
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("unpadded")]
 
 WRAPPERS = re.compile(r"torch/_functorch/_aot_autograd/(runtime_wrappers\.py|.*:codegen\()")
 

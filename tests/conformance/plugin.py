@@ -184,10 +184,23 @@ def _has(module: ModuleType, name: str) -> bool:
     return False
 
 
-def _stub(*args: Any, **kwargs: Any) -> Any:
-    if len(args) == 1 and callable(args[0]) and not kwargs:
-        return args[0]
-    return lambda function: function
+class _Stub:
+    """Decorates without effect; what is looked up in it is a stub, too, and it has a name."""
+
+    __name__ = "stub"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and callable(args[0]) and not kwargs:
+            return args[0]
+        return lambda function: function
+
+    def __getattr__(self, name: str) -> _Stub:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+_stub = _Stub()
 
 
 _BACKEND_ARGUMENTS = {"config_patches", "compile_region_name"}
