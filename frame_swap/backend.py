@@ -27,7 +27,6 @@ from .farm.service import service
 from .frames.call_site import CallSite
 from .internals import beside, dynamo, fake_tensors, inductor, probe
 from .region import Event, Record
-from .runtime import machine
 from .serving.eager import eager_code, why_pair
 from .serving.trampoline import Trampoline
 from .shipping import echo, held, parcel
@@ -91,8 +90,7 @@ def _start(
     else:
         try:
             with record.journal.span("ship"):
-                what = (gm, example_inputs, first_changes, record.compile_id or None, wished.artifact)
-                packed = machine.run_uncollected(functools.partial(parcel.pack, *what))
+                packed = parcel.pack(gm, example_inputs, first_changes, record.compile_id or None, wished.artifact)
             beside.checkpoint()
         except Unshippable as error:
             return _compile_in_foreground(record, str(error), gm, example_inputs, changes)

@@ -9,6 +9,7 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,15 +17,28 @@ from typing import Any, Protocol
 from .. import settings
 from ..internals import beside, dynamo
 from ..internals import callback as dynamos
-from ..runtime import locks
+from ..runtime import locks, machine
 from .captures import Capture, Captures, captures_of
 from .thread import thread
 
 log = logging.getLogger(__name__)
 
 
-class Callback(dynamos.CatchErrorsWrapper):
-    """Dynamo's callback for a `torch.compile` with frame-swap's backend."""
+class CallbackInCalls(dynamos.CatchErrorsWrapper):
+    """Dynamo's callback for a `torch.compile` with frame-swap's backend, where frames are captured in their calls.
+
+    Python's full garbage collections are put off meanwhile: a capture makes enough objects for one, of tenths of a
+    second.
+    """
+
+    def __call__(self, frame: Any, cache_entry: Any, frame_state: dict[Any, Any]) -> Any:
+        """What Dynamo is to do with `frame`, which no cache entry fits."""
+        capture = functools.partial(super().__call__, frame, cache_entry, frame_state)
+        return capture() if settings.disabled() else machine.run_without_full_collections(capture)
+
+
+class Callback(CallbackInCalls):
+    """Dynamo's callback for a `torch.compile` with frame-swap's backend, where frames can be captured otherwise."""
 
     def __call__(self, frame: Any, cache_entry: Any, frame_state: dict[Any, Any]) -> Any:
         """What Dynamo is to do with `frame`, which no cache entry fits."""
@@ -117,8 +131,7 @@ def _place(callback: Callback, frame: Any) -> Place | None:
 
 
 def install(backend: Callable[..., Any], find_place: FindPlace) -> None:
-    """Have Dynamo ask `Callback` about the frames of `backend`, from the next `torch.compile` on, if it can."""
+    """Have Dynamo ask our callback about the frames of `backend`, from the next `torch.compile` on."""
     global _find_place
-    if beside.is_possible():
-        _find_place = find_place
-        dynamos.replace_callback(Callback, backend)
+    _find_place = find_place
+    dynamos.replace_callback(Callback if beside.is_possible() else CallbackInCalls, backend)

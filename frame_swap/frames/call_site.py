@@ -231,7 +231,7 @@ def _on_generated_code(code: CodeType, new_code: CodeType) -> CodeType | None:
     if not sites:
         return None
     callees = {name: site.placeholder for name, site in sites.items()}
-    base = machine.run_uncollected(functools.partial(call_constants, new_code, callees))
+    base = machine.run_without_full_collections(functools.partial(call_constants, new_code, callees))
     frame = _Frame(code, base, list(sites.values()))
     for site in sites.values():
         site.bind(frame)

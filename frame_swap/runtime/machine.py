@@ -3,7 +3,7 @@
 The program comes first. Workers take half of the CPUs at most and run at a lower priority. Nobody spins: neither
 workers, nor the program's threads while workers compile (openmp.py). The threads that capture frames and load
 results give the GIL back early, and let no full garbage collection begin, during which they would hold it. Nor
-does one begin while a call of the program's packs a graph or rewrites its frame.
+does one begin while a call of the program's captures a frame, or rewrites it.
 
 What was tried besides, with figures, is in docs/benchmarks.md.
 """
@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 NICENESS = 1
 """By how much the priority of workers and their compilers is below the program's. Where they have a core of their
@@ -32,10 +32,11 @@ SWITCH_INTERVAL = 0.0005
 each op, and Python's default is 5 ms."""
 
 YOUNG_OBJECTS = 20_000
-"""How many objects more than have died are made before Python looks for garbage among them, while frame-swap
-captures or loads. Python's default is 700: each capture of a small BERT then makes enough short-lived objects look
-old for every second or third to begin a full collection, which holds the GIL for 0.25 to 0.8 s (torch and
-transformers imported). A look at this many takes 5 ms."""
+"""How many objects more than have died are made before Python looks for garbage among them, while a frame is
+captured or code loaded. Python's default is 700: each capture of a small BERT then makes enough short-lived objects
+look old for every second or third to begin a full collection, which holds the GIL for 0.25 to 0.8 s (torch and
+transformers imported). A look at this many takes 5 ms. Dynamo itself looks at all that are not old when it has
+captured a frame."""
 
 
 def usable_cpus() -> int:
@@ -82,40 +83,34 @@ T = TypeVar("T")
 def run_courteously(call: Callable[[], T]) -> T:
     """Return `call()`, and meanwhile let other threads have the GIL after at most `SWITCH_INTERVAL`.
 
-    Nor does Python begin a full garbage collection by itself: `gc.collect()` does. What is made meanwhile, by all
-    threads, counts as old afterwards, and a full collection is as far away as after one.
+    Nor does Python begin a full garbage collection by itself, as in `run_without_full_collections`.
 
     Several threads may do so at a time.
     """
-    return _courteously.run(call)
+    return _giving_way.run(functools.partial(run_without_full_collections, call))
 
 
-class _Settings(NamedTuple):
-    """Settings of the process that decide how long other threads wait for the GIL.
+def run_without_full_collections(call: Callable[[], T]) -> T:
+    """Return `call()`, and meanwhile begin no full garbage collection by itself: `gc.collect()` does.
 
-    Attributes:
-        switch_interval: in seconds.
-        thresholds: Python's, of its three generations of objects; (0, 0, 0) is left alone.
+    Where many objects were made meanwhile, by all threads, they count as old afterwards, and a full collection is
+    as far away as after one.
+
+    Several threads may do so at a time.
     """
+    return _collecting_little.run(call)
 
-    switch_interval: float
-    thresholds: tuple[int, int, int]
 
-    @classmethod
-    def current(cls) -> _Settings:
-        thresholds = gc.get_threshold() if _HAS_GENERATIONS else (0, 0, 0)
-        return cls(sys.getswitchinterval(), thresholds)
+def _give_way() -> Callable[[], None]:
+    usual = sys.getswitchinterval()
+    ours = min(usual, SWITCH_INTERVAL)
+    sys.setswitchinterval(ours)
 
-    def courteous(self) -> _Settings:
-        """What they are to be while a thread of frame-swap's traces or loads."""
-        young, middle, old = self.thresholds
-        thresholds = (max(young, YOUNG_OBJECTS), _NEVER, _NEVER) if young else (young, middle, old)
-        return _Settings(min(self.switch_interval, SWITCH_INTERVAL), thresholds)
+    def take_back() -> None:
+        if abs(sys.getswitchinterval() - ours) < 1e-6:  # Python rounds it; else the program has changed it since
+            sys.setswitchinterval(usual)
 
-    def apply(self) -> None:
-        sys.setswitchinterval(self.switch_interval)
-        if self.thresholds[0]:
-            gc.set_threshold(*self.thresholds)
+    return take_back
 
 
 # Python 3.14 has no full collections that hold the GIL; a build without GIL has no generations.
@@ -123,41 +118,24 @@ _HAS_GENERATIONS = sys.version_info < (3, 14) and not sysconfig.get_config_var("
 _NEVER = 1_000_000_000
 
 
-def _be_courteous() -> Callable[[], None]:
-    usual = _Settings.current()
-    usual.courteous().apply()
-    return functools.partial(_put_back, usual)
-
-
-def _put_back(usual: _Settings) -> None:
-    """Restore the settings, except for those that the program has changed since."""
-    ours, now = usual.courteous(), _Settings.current()
-    thresholds = usual.thresholds if now.thresholds == ours.thresholds else now.thresholds
-    unchanged = abs(now.switch_interval - ours.switch_interval) < 1e-6  # Python rounds it
-    _Settings(usual.switch_interval if unchanged else now.switch_interval, thresholds).apply()
-    if thresholds[0] and not gc.get_freeze_count():  # else the program wants its old objects left out
-        # All objects move to the oldest generation, and the count that makes a full collection due begins anew.
-        gc.freeze()
-        gc.unfreeze()
-
-
-def run_uncollected(call: Callable[[], T]) -> T:
-    """Return `call()`, and meanwhile begin no garbage collection by itself.
-
-    For what takes less than a tenth of a second, makes many objects and keeps few: that they are there for a moment
-    is then no reason for a full collection, which takes tenths of a second. Of 20 first calls in one process, of
-    graphs of 2 to 40 layers of attention, 13 had one, and now 10 have; with Dynamo alone 9 have.
-
-    Several threads may do so at a time.
-    """
-    return _uncollected.run(call)
-
-
-def _put_off_collections() -> Callable[[], None]:
-    if not gc.isenabled():
+def _collect_little() -> Callable[[], None]:
+    usual, before = gc.get_threshold(), gc.get_count()
+    if not _HAS_GENERATIONS or not usual[0]:
         return lambda: None
-    gc.disable()
-    return gc.enable
+    ours = (max(usual[0], YOUNG_OBJECTS), _NEVER, _NEVER)
+    gc.set_threshold(*ours)
+
+    def take_back() -> None:
+        if gc.get_threshold() == ours:  # else the program has changed it since
+            gc.set_threshold(*usual)
+        now = gc.get_count()
+        made_many = now[0] >= usual[0] or now[1:] != before[1:]
+        if made_many and gc.get_threshold()[0] and not gc.get_freeze_count():  # else it wants old objects left out
+            # All objects move to the oldest generation, and the count that makes a full collection due begins anew.
+            gc.freeze()
+            gc.unfreeze()
+
+    return take_back
 
 
 class _Change:
@@ -194,8 +172,8 @@ class _Change:
         self._lock, self._calls = threading.Lock(), 0
 
 
-_courteously, _uncollected = _Change(_be_courteous), _Change(_put_off_collections)
+_giving_way, _collecting_little = _Change(_give_way), _Change(_collect_little)
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_courteously.after_fork_in_child)
-    os.register_at_fork(after_in_child=_uncollected.after_fork_in_child)
+    os.register_at_fork(after_in_child=_giving_way.after_fork_in_child)
+    os.register_at_fork(after_in_child=_collecting_little.after_fork_in_child)

@@ -115,36 +115,40 @@ def test_objects_that_the_program_has_frozen_stay_frozen() -> None:
         gc.unfreeze()
 
 
-def test_no_garbage_collection_begins_in_an_uncollected_call() -> None:
-    def collections() -> int:
-        before = sum(generation["collections"] for generation in gc.get_stats())
-        kept = [[[]] for _ in range(100_000)]
-        del kept
-        return int(sum(generation["collections"] for generation in gc.get_stats()) - before)
-
-    assert collections() > 0
-    assert machine.run_uncollected(collections) == 0
-    assert collections() > 0
+@has_generations
+def test_what_few_objects_were_made_in_stays_young() -> None:
+    gc.collect()
+    young = [[]]
+    machine.run_without_full_collections(lambda: None)
+    assert any(each is young for each in gc.get_objects(generation=0))
 
 
-@pytest.mark.parametrize("usual", [True, False])
-def test_uncollected_calls_at_a_time_leave_the_collector_as_it_was(usual: bool) -> None:
-    if not usual:
-        gc.disable()
-    try:
-        assert seen_at_the_end_of_two_calls_at_a_time(machine.run_uncollected, gc.isenabled) is False
-        assert gc.isenabled() is usual
-    finally:
-        gc.enable()
+@has_generations
+def test_what_many_objects_were_made_in_counts_as_old() -> None:
+    young = [[]]
+    kept = machine.run_without_full_collections(lambda: [[] for _ in range(100_000)])
+    assert not any(each is young for each in gc.get_objects(generation=0) + gc.get_objects(generation=1))
+    del kept
 
 
+@has_generations
+def test_calls_without_full_collections_at_a_time_put_the_thresholds_back() -> None:
+    usual = gc.get_threshold()
+    seen = seen_at_the_end_of_two_calls_at_a_time(machine.run_without_full_collections, gc.get_threshold)
+    assert seen == (machine.YOUNG_OBJECTS, machine._NEVER, machine._NEVER)
+    assert gc.get_threshold() == usual
+
+
+@has_generations
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_child_that_was_forked_in_an_uncollected_call_collects() -> None:
+def test_a_child_that_was_forked_in_such_a_call_has_the_usual_thresholds() -> None:
+    usual = gc.get_threshold()
+
     def fork() -> int:
         child = os.fork()
         if child == 0:
-            os._exit(0 if gc.isenabled() else 1)
+            os._exit(0 if gc.get_threshold() == usual else 1)
         return os.waitpid(child, 0)[1]
 
-    assert machine.run_uncollected(fork) == 0
+    assert machine.run_without_full_collections(fork) == 0
