@@ -62,6 +62,7 @@ class _Constants:
 
     def __init__(self) -> None:
         self._values: dict[Node, Tensor | None] = {}
+        self._pure: dict[Node, bool] = {}
 
     def is_true(self, node: Node) -> bool:
         """Whether all elements of a node are true, whatever the graph's inputs are."""
@@ -82,7 +83,7 @@ class _Constants:
     def _value(self, node: Node) -> Tensor | None:
         """The node's value, on the CPU where it names a device; None where it is not known to be constant."""
         if node not in self._values:
-            self._values[node] = self._computed(node) if _is_pure(node) and _is_small(node) else None
+            self._values[node] = self._computed(node) if self._is_pure(node) and _is_small(node) else None
         return self._values[node]
 
     def _computed(self, node: Node) -> Tensor | None:
@@ -98,23 +99,22 @@ class _Constants:
             result = node.target(*args, **kwargs)
         return result if isinstance(result, Tensor) else None
 
-
-def _is_pure(node: Node) -> bool:
-    """Whether neither the node nor what is made from it changes a tensor in place, or leaves the graph."""
-    if node.target is _ATTENTION:
-        return True
-    listed = node.op in ("call_function", "call_method") and node.target in _PURE and "out" not in node.kwargs
-    return listed and all(map(_is_pure, node.users))
+    def _is_pure(self, node: Node) -> bool:
+        """Whether neither the node nor what is made from it changes a tensor in place, or leaves the graph."""
+        if node.target is _ATTENTION:
+            return True
+        if node not in self._pure:
+            listed = node.op in ("call_function", "call_method") and node.target in _PURE
+            self._pure[node] = listed and "out" not in node.kwargs and all(map(self._is_pure, node.users))
+        return self._pure[node]
 
 
 def _is_small(node: Node) -> bool:
     value = _example(node)
     if value is None or any(isinstance(size, torch.SymInt) for size in value.shape):
         return False
-    return (
-        math.prod(size for size, stride in zip(value.shape, value.stride(), strict=True) if stride)
-        <= _MOST_ELEMENTS
-    )
+    dimensions = zip(value.shape, value.stride(), strict=True)
+    return math.prod(size for size, stride in dimensions if stride) <= _MOST_ELEMENTS
 
 
 def _example(node: Any) -> Tensor | None:
