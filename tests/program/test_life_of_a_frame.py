@@ -304,3 +304,19 @@ def test_no_full_garbage_collection_begins_in_a_capture(monkeypatch: pytest.Monk
     monkeypatch.setenv("FRAME_SWAP_DISABLE", "1")
     torch._dynamo.reset()
     assert full_collections_in_a_capture("frame_swap") > 0, "it was not left to stock"
+
+
+def test_inputs_of_a_captured_call_die_with_it() -> None:
+    """Though what was made meanwhile counts as old."""
+
+    @torch.compile(backend="frame_swap")
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        y = x.relu()
+        torch._dynamo.graph_break()
+        return (y * x).sum()
+
+    x = torch.randn(64, requires_grad=True)
+    seen = weakref.ref(x)
+    broken(x).backward()
+    del x
+    assert seen() is None
