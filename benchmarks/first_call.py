@@ -153,9 +153,9 @@ def ratios(runs: dict[str, Run], arm: str) -> dict[str, float]:
     if (eager := runs.get("eager")) is not None:
         figures["step before the swap / eager's"] = step_time(ours, first, swap) / step_time(eager)
         figures["mean step before the swap / eager's"] = step_time(ours, first, swap, mean=True) / step_time(eager)
-        swapped = ours["swap"] is not None
-        by_then = steps_by(ours, swap) / max(1, steps_by(eager, swap)) if swapped else math.nan
-        figures["steps done at the swap / eager's by then"] = by_then
+        figures["steps done at the swap / eager's by then"] = (
+            math.nan if ours["swap"] is None else steps_by(ours, swap) / max(1, steps_by(eager, swap))
+        )
         figures["step after the swap / eager's"] = step_time(ours, swap) / step_time(eager)
         figures["most steps behind eager"] = most_behind(ours, eager)
         figures["steps done at the end / eager's by then"] = steps_by(ours, end) / max(1, steps_by(eager, end))

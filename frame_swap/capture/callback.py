@@ -38,7 +38,7 @@ class CallbackInCalls(dynamos.CatchErrorsWrapper):
 
 
 class Callback(CallbackInCalls):
-    """Dynamo's callback for a `torch.compile` with frame-swap's backend, where frames can be captured otherwise."""
+    """The same where frames can also be captured in the background, or restored from an earlier run."""
 
     def __call__(self, frame: Any, cache_entry: Any, frame_state: dict[Any, Any]) -> Any:
         """What Dynamo is to do with `frame`, which no cache entry fits."""

@@ -130,8 +130,9 @@ def _collect_little() -> Callable[[], None]:
             gc.set_threshold(*usual)
         now = gc.get_count()
         made_many = now[0] >= usual[0] or now[1:] != before[1:]
-        if made_many and gc.get_threshold()[0] and not gc.get_freeze_count():  # else it wants old objects left out
-            # All objects move to the oldest generation, and the count that makes a full collection due begins anew.
+        if made_many and gc.get_threshold()[0] and not gc.get_freeze_count():
+            # All objects move to the oldest generation, and the count that makes a full collection due begins anew;
+            # but not where the program has frozen objects itself, which would be thawed.
             gc.freeze()
             gc.unfreeze()
 

@@ -25,10 +25,10 @@ _PURE = frozenset(
         *("bool", "expand", "new_ones", "unsqueeze"),  # methods of tensors
     }
 )
-"""What masks are made by. None of it changes its arguments, or depends on anything else."""
+"""The functions and methods that make masks. None changes its arguments, or reads anything else."""
 
 _MOST_ELEMENTS = 1 << 22
-"""Of one value that is computed: a mask for 2048 tokens, a few milliseconds."""
+"""The largest value that is computed, in elements: a mask for 2048 tokens, which takes a few milliseconds."""
 
 
 def leave_out_masks(gm: torch.fx.GraphModule) -> None:
@@ -46,7 +46,7 @@ def leave_out_masks(gm: torch.fx.GraphModule) -> None:
 
 
 def _only_masks(node: Node, mask: Node) -> bool:
-    """Whether the mask does nothing else there: with `is_causal`, or larger than the weights, PyTorch raises."""
+    """Whether a call does the same without a mask that is true; with `is_causal`, or a larger mask, it raises."""
     if node.kwargs.get("is_causal") or len(node.args) != 3:
         return False
     query, key, masked = (_example(which) for which in (*node.args[:2], mask))
