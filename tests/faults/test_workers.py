@@ -333,6 +333,22 @@ def test_idle_workers_end_and_come_back() -> None:
     wait_for(lambda: not workers.pids())
 
 
+def test_a_timer_whose_thread_has_yet_to_end_holds_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancelled timer's thread ends a moment later, on a busy machine a long one."""
+    run, may_end = threading.Timer.run, threading.Event()
+
+    def lingers(timer: threading.Timer) -> None:
+        run(timer)
+        may_end.wait()
+
+    try:
+        with nothing_left_behind():
+            monkeypatch.setattr(threading.Timer, "run", lingers)
+            works(lambda x: x.sin() + 16)
+    finally:
+        may_end.set()
+
+
 def runs(pid: int) -> bool:
     """Whether the process exists and is not a zombie."""
     try:

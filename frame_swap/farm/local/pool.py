@@ -258,14 +258,16 @@ class Pool:
             idle = min(self.terms.idle_timeout, threading.TIMEOUT_MAX)
             if process.holds_gpu:
                 idle = min(idle, GPU_IDLE)
-            alarm = self._free[process] = threading.Timer(idle, self._end_free, [process])
+            # Its thread outlives a cancel by a moment, and must not keep the process and its pipes.
+            alarm = self._free[process] = threading.Timer(idle, self._end_free, [weakref.ref(process)])
             alarm.daemon = True
             with contextlib.suppress(RuntimeError):  # out of threads: the process stays
                 alarm.start()
 
-    def _end_free(self, process: Process) -> None:
+    def _end_free(self, reference: weakref.ref[Process]) -> None:
         with changing:
-            if process in self._free:
+            process = reference()
+            if process is not None and process in self._free:
                 self._end(process)
                 if process.holds_gpu and self.terms.idle_timeout > GPU_IDLE:
                     self._start_one()  # that one holds none
