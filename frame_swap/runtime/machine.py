@@ -152,7 +152,8 @@ class _Change:
     def __init__(self, make: Callable[[], Callable[[], None]]) -> None:
         self._make = make
         self._take_back: Callable[[], None]
-        self._lock, self._calls = threading.Lock(), 0
+        # While a thread of the program's holds it, a finalizer or a handler of a signal may make such a call.
+        self._lock, self._calls = threading.RLock(), 0
 
     def run(self, call: Callable[[], T]) -> T:
         with self._lock:
@@ -170,7 +171,7 @@ class _Change:
     def after_fork_in_child(self) -> None:
         if self._calls:
             self._take_back()
-        self._lock, self._calls = threading.Lock(), 0
+        self._lock, self._calls = threading.RLock(), 0
 
 
 _giving_way, _collecting_little = _Change(_give_way), _Change(_collect_little)

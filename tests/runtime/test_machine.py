@@ -140,6 +140,24 @@ def test_calls_without_full_collections_at_a_time_put_the_thresholds_back() -> N
 
 
 @has_generations
+def test_a_finalizer_that_makes_such_a_call_does_not_wait_for_the_one_it_interrupts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, get_count, made = gc.get_threshold(), gc.get_count, []
+
+    def interrupted() -> tuple[int, int, int]:
+        if not made:
+            made.append("a call")
+            machine.run_without_full_collections(lambda: None)
+        return get_count()
+
+    monkeypatch.setattr(gc, "get_count", interrupted)
+    machine.run_without_full_collections(lambda: None)
+    assert made
+    assert gc.get_threshold() == usual
+
+
+@has_generations
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_that_was_forked_in_such_a_call_has_the_usual_thresholds() -> None:
