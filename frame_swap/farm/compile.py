@@ -30,6 +30,7 @@ from .protocol import Outcome, Request
 
 if TYPE_CHECKING:
     from ..internals.phases import Phases
+    from ..shipping.parcel import Content, Envelope
     from ..shipping.values import Values
 
 # These variables are read when torch is imported, and settings give way to them.
@@ -97,23 +98,28 @@ def _compile_as_wished(
     """
     from ..shipping import parcel
 
-    packaged = parcel.open_content(request.content).artifact == "aoti"
+    envelope = parcel.open_envelope(request.envelope)
+    if why := envelope.why_not_here():
+        raise Refused(why)
+    envelope.extend_search_path()  # options may be objects of the program's modules
+    content = parcel.open_content(request.content)
+    packaged = content.artifact == "aoti"
     why = request.unpackaged if packaged else ""
     if packaged and not why:
         try:
-            return *_compile(request, heard.append, remarks, phases, packaged=True), ""
-        except Refused:
-            raise
+            return *_compile(request, envelope, content, heard.append, remarks, phases, packaged=True), ""
         except Exception as error:
             why = _why_unpackaged(error)
             place.log(traceback.format_exc())
             heard.clear()
             remarks.clear()
-    return *_compile(request, heard.append, remarks, phases), why
+    return *_compile(request, envelope, content, heard.append, remarks, phases), why
 
 
 def _compile(
     request: Request,
+    envelope: Envelope,
+    content: Content,
     keep_echo: Callable[[bytes], None],
     remarks: list[str],
     phases: Phases,
@@ -123,6 +129,7 @@ def _compile(
     """The artifact, the pickled late guards, and the constants that come beside the artifact.
 
     Args:
+        envelope, content: the request's.
         keep_echo: called with what the compile leaves behind, also where it fails.
         remarks: gets what the user should be warned of.
         phases: gets those of the compile.
@@ -130,17 +137,12 @@ def _compile(
     """
     from ..artifacts import folders, libraries, load
     from ..internals import dynamo, fake_tensors, gpu, inductor, packages, tuning
-    from ..shipping import echo, graph, held, parcel, values
+    from ..shipping import echo, graph, held, values
 
-    envelope = parcel.open_envelope(request.envelope)
-    if why := envelope.why_not_here():
-        raise Refused(why)
-    content = parcel.open_content(request.content)
     state, options = content.state, content.options
     devices = state.autocast  # which has each type that the graph runs on
     inner = packages.inner_compile(content.frozen is not None, options, devices) if packaged else None
     changes = {**options, **packages.OPTIONS} if packaged else options
-    envelope.extend_search_path()
     if content.definitions is not None and not envelope.asked_here:
         content.definitions.define()
     scratch = {"TMPDIR": place.scratch()} if place.scratch() else {}

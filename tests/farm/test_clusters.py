@@ -264,26 +264,74 @@ def compiles_in(client: Any) -> int:
     return number
 
 
+def packed(options: dict[str, Any]) -> parcel.Parcel:
+    """The parcel of `f`, to be compiled with `options`."""
+    captured: list[parcel.Parcel] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        captured.append(parcel.pack(gm, inputs, options))
+        return gm
+
+    torch.compile(f, backend=backend)(torch.randn(3, 3))
+    return captured[0]
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("lacks", "why"),
     [("architecture", "is of architecture"), ("instructions", "has ")],
 )
 def test_another_kind_of_cpu_is_refused_before_it_compiles(lacks: str, why: str) -> None:
-    captured: list[parcel.Parcel] = []
-
-    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        captured.append(parcel.pack(gm, inputs, {}))
-        return gm
-
-    torch.compile(f, backend=backend)(torch.randn(3, 3))
-    envelope = pickle.loads(captured[0].envelope)
+    sent = packed({})
+    envelope = pickle.loads(sent.envelope)
     cpu = this_cpu()._replace(**{lacks: "riscv64" if lacks == "architecture" else ()})
     object.__setattr__(envelope, "cpu", cpu)
-    outcome = compile_graph(Request(captured[0].content, pickle.dumps(envelope), {}, 0.0))
+    outcome = compile_graph(Request(sent.content, pickle.dumps(envelope), {}, 0.0))
     assert outcome.error.startswith(f"it was sent to a CPU that {why}")
     assert outcome.error.endswith("give the executor workers with the program's kind of CPU")
     assert outcome.artifact is None
+
+
+# --- Modules of the program ---
+
+PASSES = """
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+class Pass(CustomGraphPass):
+    def __call__(self, graph):
+        pass
+
+    def uuid(self):
+        return "nothing"
+"""
+
+WORKER = """
+import pickle, sys
+from frame_swap.farm.compile import compile_graph
+from frame_swap.farm.protocol import Request
+
+outcome = compile_graph(Request(*pickle.load(sys.stdin.buffer), {}, 0.0))
+print(outcome.error or "compiled")
+"""
+
+
+@pytest.mark.fast
+def test_options_may_be_of_a_module_that_only_the_program_s_search_path_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "passes_of_a_program.py").write_text(PASSES)
+    monkeypatch.syspath_prepend(tmp_path)
+    import passes_of_a_program
+
+    sent = packed({"post_grad_custom_pre_pass": passes_of_a_program.Pass()})
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER],
+        input=pickle.dumps((sent.content, sent.envelope)),
+        capture_output=True,
+        cwd="/",
+        timeout=240,
+    )
+    assert done.stdout.decode() == "compiled\n", done.stderr.decode()
 
 
 # --- TLS ---
