@@ -334,7 +334,7 @@ def test_idle_workers_end_and_come_back() -> None:
 
 
 def test_a_timer_whose_thread_has_yet_to_end_holds_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cancelled timer's thread ends a moment later, on a busy machine a long one."""
+    """The thread of a cancelled timer ends some time later: on a busy machine, after the worker."""
     run, may_end = threading.Timer.run, threading.Event()
 
     def lingers(timer: threading.Timer) -> None:
