@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 import frame_swap
 from frame_swap import State, kept_frames
+from frame_swap.internals import logs
 from frame_swap.region import Record, Report, records
+from frame_swap.shipping import parcel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """The device of tests that do not choose one."""
@@ -261,3 +264,17 @@ def _aliases(outputs: Any, args: Any) -> list[tuple[int, int, int]]:
         (objects.index(id(t)), memories.index(memory), t.storage_offset())
         for t, memory in zip(tensors, memories, strict=True)
     ]
+
+
+def packed(function: Callable[..., Any], *inputs: Any, **options: Any) -> parcel.Parcel:
+    """The parcel of the graph of `function`, in a program that reads no structured traces; pytest does."""
+    parcels: list[parcel.Parcel] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        parcels.append(parcel.pack(gm, inputs, options))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with mock.patch.object(logs.trace_log, "handlers", []):
+        torch.compile(function, backend=backend)(*inputs)
+    return parcels[0]

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import free_port, until
+from helpers import free_port, packed, until
 from torch import Tensor
 
 import frame_swap
@@ -29,7 +29,6 @@ from frame_swap.errors import FrameSwapWarning
 from frame_swap.farm.compile import compile_graph
 from frame_swap.farm.protocol import Request
 from frame_swap.internals.cpu import this_cpu
-from frame_swap.shipping import parcel
 
 PLAIN = ("PATH", "LD_LIBRARY_PATH", "LANG")
 """Variables that a worker has, like any process of its machine."""
@@ -264,25 +263,13 @@ def compiles_in(client: Any) -> int:
     return number
 
 
-def packed(options: dict[str, Any]) -> parcel.Parcel:
-    """The parcel of `f`, to be compiled with `options`."""
-    captured: list[parcel.Parcel] = []
-
-    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        captured.append(parcel.pack(gm, inputs, options))
-        return gm
-
-    torch.compile(f, backend=backend)(torch.randn(3, 3))
-    return captured[0]
-
-
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("lacks", "why"),
     [("architecture", "is of architecture"), ("instructions", "has ")],
 )
 def test_another_kind_of_cpu_is_refused_before_it_compiles(lacks: str, why: str) -> None:
-    sent = packed({})
+    sent = packed(f, torch.randn(3, 3))
     envelope = pickle.loads(sent.envelope)
     cpu = this_cpu()._replace(**{lacks: "riscv64" if lacks == "architecture" else ()})
     object.__setattr__(envelope, "cpu", cpu)
@@ -323,7 +310,7 @@ def test_options_may_be_of_a_module_that_only_the_program_s_search_path_has(
     monkeypatch.syspath_prepend(tmp_path)
     import passes_of_a_program
 
-    sent = packed({"post_grad_custom_pre_pass": passes_of_a_program.Pass()})
+    sent = packed(f, torch.randn(3, 3), post_grad_custom_pre_pass=passes_of_a_program.Pass())
     done = subprocess.run(
         [sys.executable, "-c", WORKER],
         input=pickle.dumps((sent.content, sent.envelope)),

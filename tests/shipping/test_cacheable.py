@@ -7,31 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from helpers import packed
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from frame_swap.internals import logs
-from frame_swap.shipping import parcel
-
 pytestmark = pytest.mark.quick
-
-
-def packed(function: Callable[..., Any], *inputs: Any, **options: Any) -> parcel.Parcel:
-    """The parcel of the graph of `function`, in a program that reads no structured traces; pytest does."""
-    parcels: list[parcel.Parcel] = []
-
-    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        parcels.append(parcel.pack(gm, inputs, options))
-        return gm.forward
-
-    torch._dynamo.reset()
-    with mock.patch.object(logs.trace_log, "handlers", []):
-        torch.compile(function, backend=backend)(*inputs)
-    return parcels[0]
 
 
 class TwoTensors(TwoTensor):
